@@ -1,0 +1,38 @@
+# Two commands matter: `make demo` and `make test`. Both set themselves up in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SCENARIO ?= node-killed
+PRESET ?= fast
+
+.PHONY: demo test test-fast check clean rewrite
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Harmony needs Python 3.11 or newer; this is %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/harmonyctl demo --scenario $(SCENARIO) --preset $(PRESET)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Everything that needs no real server: seconds.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not real' $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Render the documents and scenario texts that tests hold equal to the code.
+rewrite: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/core --rewrite
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The fencer: the privileged process that owns the life of PostgreSQL."""

@@ -1,0 +1,1 @@
+"""Harmony: the agent, its decision core, and the command line."""

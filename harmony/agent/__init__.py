@@ -1,0 +1,1 @@
+"""The agent: the unprivileged heartbeat and decision process."""

@@ -1,0 +1,5 @@
+"""`python -I -m harmony.agent`: the agent."""
+
+from harmony.agent.main import main
+
+main()

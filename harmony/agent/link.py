@@ -1,0 +1,130 @@
+"""The agent's link to its fencer: sends orders and renewals, polls the status, and says what it sees.
+
+It decides nothing and repeats nothing: an order that was not accepted is the core's to send anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+import trio
+
+from harmony.core.messages import Event, FencerSeen, FencerSilent, FencerView, Order, OrderRefused, Renew
+from harmony.errors import FencerUnavailable
+from harmony.fencer_client import FencerClient, protocol
+
+POLL_S = 0.1
+POLL_BUSY_S = 0.02
+ANSWER_S = 0.5
+log = structlog.get_logger("fencer-link")
+
+
+class FencerLink:
+    """`run()` owns the connection; `send()` queues (bounded) what the core decided, in order."""
+
+    def __init__(self, socket_path: str, post: Callable[[Event], None]) -> None:
+        self._path = socket_path
+        self._post = post
+        self._send, self._receive = trio.open_memory_channel[Order | Renew](64)
+        self._busy = False
+        self._told = ""
+
+    def send(self, command: Order | Renew) -> None:
+        """Queue a command. A full queue (a fencer silent for long) drops it: the core sends anew."""
+        try:
+            self._send.send_nowait(command)
+        except trio.WouldBlock:
+            log.warning("fencer queue full; dropped", command=type(command).__name__)
+
+    async def run(self) -> None:
+        """Connect, and connect again, for ever."""
+        pause = 0.05
+        while True:
+            try:
+                client = FencerClient(self._path)
+                await client.connect()
+                try:
+                    await self._ask(client, protocol.Hello(client="harmony-agent"))
+                    pause = 0.05
+                    await self._serve(client)
+                finally:
+                    await client.close()
+            except FencerUnavailable as e:
+                self._post(FencerSilent(str(e)))
+                if str(e) != self._told:
+                    self._told = str(e)
+                    log.warning("fencer unreachable", why=str(e))
+            await trio.sleep(pause)
+            pause = min(1.0, pause * 2)
+
+    async def _serve(self, client: FencerClient) -> None:
+        while True:
+            command: Order | Renew | None = None
+            with trio.move_on_after(POLL_BUSY_S if self._busy else POLL_S):
+                command = await self._receive.receive()
+            if isinstance(command, Order):
+                await self._order(client, command)
+            elif isinstance(command, Renew):
+                await self._renew(client, command)
+            if not isinstance(command, Renew):
+                await self._ask(client, protocol.StatusRequest())
+
+    async def _order(self, client: FencerClient, o: Order) -> None:
+        generation = protocol.Generation(*o.generation)
+        request: protocol.Request
+        if o.op == "activate":
+            rule = protocol.SyncRule(o.sync_count, o.sync_voters)
+            request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
+        elif o.op == "follow":
+            request = protocol.Follow(generation=generation, primary=o.primary)
+        else:
+            request = protocol.Fence(generation=generation, reason=o.reason)
+        reply = await client.request(request, timeout_s=ANSWER_S)
+        if isinstance(reply, protocol.Refusal):
+            log.warning(
+                "order refused", op=o.op, generation=str(generation), error=reply.error, detail=reply.detail
+            )
+            self._post(OrderRefused(o.generation, reply.error, reply.detail))
+        else:
+            log.info("order accepted", op=o.op, generation=str(generation), reason=o.reason)
+
+    async def _renew(self, client: FencerClient, r: Renew) -> None:
+        generation = protocol.Generation(*r.generation)
+        reply = await client.request(
+            protocol.Renew(generation=generation, deadline_boottime_ns=r.deadline_ns), timeout_s=ANSWER_S
+        )
+        if isinstance(reply, protocol.Refusal):
+            log.warning("renewal refused", generation=str(generation), error=reply.error, detail=reply.detail)
+            await self._ask(client, protocol.StatusRequest())
+
+    async def _ask(self, client: FencerClient, request: protocol.Hello | protocol.StatusRequest) -> None:
+        reply = await client.request(request, timeout_s=ANSWER_S)
+        if not isinstance(reply, protocol.Status):
+            raise FencerUnavailable(f"the fencer answered a status request with {reply}")
+        self._busy = reply.order is not None and reply.order.state == "running"
+        if self._told:
+            self._told = ""
+            log.info("fencer reachable", node=reply.node, generation=str(reply.highest))
+        self._post(FencerSeen(_view(reply)))
+
+
+def _view(s: protocol.Status) -> FencerView:
+    return FencerView(
+        fencer_id=s.fencer_id,
+        trusted=s.trusted,
+        detail=s.trust_detail,
+        highest=(s.highest.term, s.highest.order),
+        active=(s.active.term, s.active.order) if s.active is not None else None,
+        lease_deadline_ns=s.lease_deadline_boottime_ns,
+        order=(s.order.generation.term, s.order.generation.order) if s.order is not None else None,
+        order_op=s.order.op if s.order is not None else "",
+        order_state=s.order.state if s.order is not None else "",
+        order_detail=s.order.detail if s.order is not None else "",
+        fence_proven=s.fence_proven,
+        postgres_up=s.postgres == "running",
+        following=s.following,
+        is_standby=s.is_standby,
+        system_identifier=s.system_identifier,
+        latched=f"{s.latch.reason} (by {s.latch.who}, {s.latch.at_utc})" if s.latch is not None else None,
+    )

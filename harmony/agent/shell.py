@@ -1,0 +1,268 @@
+"""The agent's shell around the pure core: gathers events, steps the core, carries out its commands.
+
+It decides nothing. One task steps the core; the others only bring events or carry out one command each.
+An exception in any task ends the agent (O2): the supervisor restarts it, the fencer keeps its lease.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import structlog
+import trio
+
+from harmony.admin import NodeView, SelfView, StatusReply
+from harmony.agent.link import FencerLink
+from harmony.agent.probe import Probe
+from harmony.config import Config
+from harmony.core.messages import (
+    ClusterSeen,
+    Command,
+    Connected,
+    Event,
+    Fatal,
+    Log,
+    MemberSeen,
+    Order,
+    Read,
+    ReadFailed,
+    Refresh,
+    RefreshDone,
+    Renew,
+    Write,
+    WriteDone,
+)
+from harmony.core.node import initial, step
+from harmony.core.states import WRITABLE_STATES, State
+from harmony.core.timing import NS, Timing
+from harmony.core.view import Identity, View, alive, stale
+from harmony.errors import FatalError, SequenceMismatch, StoreMisconfigured, StoreUnavailable
+from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, decode_cluster, decode_member, encode
+from harmony.store.interface import Entry, Store
+
+TICK_S = 0.05
+MAX_EVENTS = 4096
+log = structlog.get_logger("agent")
+
+
+def boot_ns() -> int:
+    """CLOCK_BOOTTIME in nanoseconds: it counts suspend."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Shell:
+    """The running agent. `on_ready` is called once, after the first look at fencer or store."""
+
+    def __init__(
+        self,
+        config: Config,
+        me: Identity,
+        store: Store,
+        probe: Probe,
+        fencer_socket: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._me = me
+        self._timing: Timing = config.timing
+        self._store = store
+        self._probe = probe
+        self._say = say
+        self._view: View = initial(me)
+        self._events: list[Event] = []
+        self._wake = trio.Event()
+        self._epoch = 0
+        self._store_told = ""
+        self._fatal: str | None = None
+        self._link = FencerLink(fencer_socket, self.post)
+
+    def post(self, event: Event) -> None:
+        """Add an event for the next step. Bounded: an agent that cannot keep up must not go on."""
+        if len(self._events) >= MAX_EVENTS:
+            raise RuntimeError(f"{MAX_EVENTS} events wait for the decision loop: it does not keep up")
+        self._events.append(event)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled, or FatalError."""
+        unsubscribe = self._store.watch(self._watched)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._link.run)
+                nursery.start_soon(self._probing)
+                await self._deciding(nursery)
+        finally:
+            unsubscribe()
+
+    # ------------------------------------------------------------ events
+
+    def _watched(self, entry: Entry) -> None:
+        event = self._decoded(entry, by_read=False)
+        if event is not None:
+            self.post(event)
+
+    def _decoded(self, entry: Entry, *, by_read: bool) -> Event | None:
+        try:
+            if entry.key == CLUSTER_STATE:
+                cluster = decode_cluster(entry.value)
+                return ClusterSeen(cluster, entry.revision, entry.created_ns, by_read)
+            if entry.key.startswith(MEMBER_PREFIX):
+                name = entry.key.removeprefix(MEMBER_PREFIX)
+                return MemberSeen(name, decode_member(entry.value), entry.revision, entry.created_ns)
+        except msgspec.DecodeError as e:
+            text = f"revision {entry.revision} of {entry.key} is not a record of this version: {e}"
+            if text != self._store_told:
+                self._store_told = text
+                log.error("unreadable record", why=text)  # noqa: TRY400 (the text is whole, a traceback says no more)
+        return None
+
+    async def _probing(self) -> None:
+        while True:
+            started = boot_ns()
+            self.post(await self._probe.ask(started, self._timing.heartbeat_timeout_s))
+            left = self._timing.heartbeat_interval_s / 2 - (boot_ns() - started) / NS
+            await trio.sleep(max(0.05, left))
+
+    # ------------------------------------------------------------ the loop
+
+    async def _deciding(self, nursery: trio.Nursery) -> None:
+        while True:
+            with trio.move_on_after(TICK_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            if self._store.connection_epoch != self._epoch:
+                self._epoch = self._store.connection_epoch
+                self.post(Connected(self._epoch))
+            events, self._events = self._events, []
+            self._view, commands = step(self._view, events, self._me, self._timing, boot_ns())
+            for command in commands:
+                self._carry_out(command, nursery)
+            if self._fatal is not None:
+                raise FatalError(self._fatal)
+            self._say(f"{self._view.state}: {self._view.why}")
+
+    def _carry_out(self, command: Command, nursery: trio.Nursery) -> None:
+        match command:
+            case Log(row=row, before=before, after=after, why=why):
+                term = self._view.cluster.term if self._view.cluster is not None else 0
+                level = log.info if before == after else log.warning
+                level("decision", row=row, before=before, after=after, why=why, term=term)
+            case Order() | Renew():
+                self._link.send(command)
+            case Write():
+                nursery.start_soon(self._write, command)
+            case Read():
+                nursery.start_soon(self._read, command)
+            case Refresh():
+                nursery.start_soon(self._refresh, command)
+            case Fatal(why=why):
+                self._fatal = why
+
+    # ------------------------------------------------------------ commands to the store
+
+    def _store_failed(self, e: StoreUnavailable) -> None:
+        if str(e) != self._store_told:
+            self._store_told = str(e)
+            log.warning("store unavailable", why=str(e))
+
+    async def _write(self, w: Write) -> None:
+        timeout_s = max(0.001, w.timeout_ns / NS)
+        try:
+            if w.revision == 0:
+                revision = await self._store.create(w.key, encode(w.record), timeout_s=timeout_s)
+            else:
+                revision = await self._store.update(w.key, encode(w.record), w.revision, timeout_s=timeout_s)
+        except SequenceMismatch:
+            self.post(WriteDone(w.key, w.attempt, "refused"))
+        except StoreUnavailable as e:
+            self._store_failed(e)
+            self.post(WriteDone(w.key, w.attempt, "unknown"))
+        except StoreMisconfigured as e:
+            self._fatal = str(e)
+        else:
+            self._store_told = ""
+            self.post(WriteDone(w.key, w.attempt, "acked", revision))
+
+    async def _get(self, key: str, timeout_s: float) -> bool:
+        """Read one key and post what is there; False: it could not be read."""
+        try:
+            entry = await self._store.get(key, timeout_s=timeout_s)
+        except StoreUnavailable as e:
+            self._store_failed(e)
+            return False
+        except StoreMisconfigured as e:
+            self._fatal = str(e)
+            return False
+        if entry is not None:
+            event = self._decoded(entry, by_read=True)
+            if event is None:
+                return False
+            self.post(event)
+        elif key == CLUSTER_STATE:
+            self.post(ClusterSeen(None, 0, 0, by_read=True))
+        else:
+            self.post(MemberSeen(key.removeprefix(MEMBER_PREFIX), None, 0, 0))
+        return True
+
+    async def _read(self, r: Read) -> None:
+        if not await self._get(r.key, max(0.001, r.timeout_ns / NS)):
+            self.post(ReadFailed(r.key))
+
+    async def _refresh(self, r: Refresh) -> None:
+        # Own record first, then cluster_state: what is read of the primary is newer than our own stamp.
+        ok = True
+        with trio.move_on_after(r.timeout_ns / NS) as scope:
+            for key in (MEMBER_PREFIX + self._me.node, CLUSTER_STATE):
+                ok = ok and await self._get(key, r.timeout_ns / NS)
+            for name in self._me.members:
+                if ok and name != self._me.node:
+                    ok = await self._get(MEMBER_PREFIX + name, r.timeout_ns / NS)
+        self.post(RefreshDone(ok and not scope.cancelled_caught))
+
+    # ------------------------------------------------------------ what people ask
+
+    @property
+    def leading(self) -> bool:
+        """Whether PostgreSQL here is, as far as this agent knows, the writable primary."""
+        return self._view.state in WRITABLE_STATES | {State.PROMOTING}
+
+    def status(self) -> StatusReply:
+        """The cluster as this agent sees it now."""
+        v, now = self._view, boot_ns()
+        nodes = []
+        for name, address in self._config.members.items():
+            changed = v.member_changed_ns.get(name)
+            nodes.append(
+                NodeView(
+                    name=name,
+                    host=address.host,
+                    port=address.port,
+                    member=v.members.get(name),
+                    age_s=(now - changed) / NS if changed is not None else None,
+                    alive=alive(v, name, self._timing, now),
+                )
+            )
+        left = v.lease_until_ns - now
+        f = v.fencer
+        return StatusReply(
+            cluster_id=self._me.cluster_id,
+            cluster=v.cluster,
+            cluster_revision=v.revision if v.cluster is not None else None,
+            cluster_age_s=(now - v.first_seen_ns) / NS if v.cluster is not None else None,
+            cluster_stale=v.cluster is not None and stale(v, self._timing, now),
+            nodes=tuple(nodes),
+            myself=SelfView(
+                node=self._me.node,
+                state=v.state,
+                row=str(v.row),
+                why=v.why,
+                store_connected=self._store.connected,
+                failures=v.failures,
+                lease_left_ms=left // 1_000_000 if left > 0 else None,
+                fencer_ok=f is not None and not v.fencer_silent,
+                fencer_detail=v.fencer_silent or (f.detail if f is not None else ""),
+                latched=f.latched if f is not None else None,
+            ),
+        )

@@ -1,0 +1,1 @@
+"""harmonyctl: the command line."""

@@ -1,0 +1,1 @@
+"""The decision core: pure. No I/O, no clock, no randomness."""

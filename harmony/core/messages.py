@@ -1,0 +1,218 @@
+"""What comes into the core (events) and what goes out (commands): plain data, nothing that acts.
+
+All times are CLOCK_BOOTTIME nanoseconds of this host, but `stamp_ns`, which is the store's own clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harmony.records import ClusterState, Member
+
+Db = Literal["down", "standby", "primary", "unknown"]
+OrderOp = Literal["activate", "fence", "follow"]
+Gen = tuple[int, int]  # (term, order), as the fencer compares them
+
+
+@dataclass(frozen=True, slots=True)
+class FencerView:
+    """What the core needs of the fencer's status."""
+
+    fencer_id: str
+    trusted: bool
+    detail: str
+    highest: Gen
+    active: Gen | None
+    lease_deadline_ns: int | None
+    order: Gen | None
+    order_op: str
+    order_state: Literal["running", "done", "failed", "preempted", ""]
+    order_detail: str
+    fence_proven: bool
+    postgres_up: bool
+    following: str | None
+    is_standby: bool
+    system_identifier: str | None
+    latched: str | None
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The store's connection is a new one."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSeen:
+    """cluster_state as the store holds it (None: never written), by a read or by the watch."""
+
+    record: ClusterState | None
+    revision: int
+    stamp_ns: int
+    by_read: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSeen:
+    """A member's record as the store holds it (None: never written)."""
+
+    name: str
+    record: Member | None
+    revision: int
+    stamp_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshDone:
+    """A periodic read of all keys has ended; `ok` False: something could not be read."""
+
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """The store's answer to a write: acked (with its revision), refused, or unknown."""
+
+    key: str
+    attempt: str
+    outcome: Literal["acked", "refused", "unknown"]
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailed:
+    """A read asked for by a register could not be answered."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class DbSeen:
+    """The database's answer. `asked_ns` is before the question: the LSNs are at least as new."""
+
+    db: Literal["standby", "primary"]
+    timeline: int
+    received_lsn: int
+    replayed_lsn: int
+    streaming: bool
+    system_identifier: str
+    asked_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DbSilent:
+    """The database did not answer."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FencerSeen:
+    """The fencer's newest status."""
+
+    view: FencerView
+
+
+@dataclass(frozen=True, slots=True)
+class FencerSilent:
+    """The fencer did not answer."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRefused:
+    """The fencer did not admit an order."""
+
+    generation: Gen
+    error: str
+    detail: str
+
+
+Event = (
+    Connected
+    | ClusterSeen
+    | MemberSeen
+    | RefreshDone
+    | WriteDone
+    | ReadFailed
+    | DbSeen
+    | DbSilent
+    | FencerSeen
+    | FencerSilent
+    | OrderRefused
+)
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Compare-and-set `record` under `key`; revision 0 means create. Answer with WriteDone."""
+
+    key: str
+    record: ClusterState | Member
+    revision: int
+    attempt: str
+    timeout_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read `key`; answer with ClusterSeen / MemberSeen, or ReadFailed."""
+
+    key: str
+    timeout_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Read cluster_state and every member; answer with what was seen, then RefreshDone."""
+
+    timeout_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Send an order to the fencer; its fate is seen in FencerSeen, a refusal in OrderRefused."""
+
+    op: OrderOp
+    generation: Gen
+    reason: str
+    primary: str | None = None
+    deadline_ns: int = 0
+    sync_count: int = 0
+    sync_voters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Move the fencer's deadline: absolute, counted from the send of an acknowledged heartbeat."""
+
+    generation: Gen
+    deadline_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A transition or a changed reason, for the operator."""
+
+    row: str
+    before: str
+    after: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """This node must not go on as configured; the shell ends the process with EXIT_CONFIG."""
+
+    why: str
+
+
+Command = Write | Read | Refresh | Order | Renew | Log | Fatal

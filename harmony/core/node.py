@@ -1,0 +1,251 @@
+"""One step of a node: fold the events, decide once, and say what to send. Pure.
+
+The order of the commands is the order in which the shell must carry them out: logs, orders to the
+fencer, renewals, writes, reads. A fence therefore leaves before anything else of the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from harmony.core import register
+from harmony.core.messages import Command, Event, Fatal, Gen, Log, Order, Read, Refresh, Renew, Write
+from harmony.core.register import Attempt
+from harmony.core.states import State
+from harmony.core.table import Action, Decision, decide
+from harmony.core.timing import Timing
+from harmony.core.view import (
+    Identity,
+    SentOrder,
+    View,
+    database,
+    fold,
+    highest,
+    is_leading,
+    lead_outcome,
+    observe,
+    own_outcome,
+    silence_ns,
+    target,
+)
+from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Member
+
+
+def initial(me: Identity) -> View:
+    """The view of an agent that has just started."""
+    return View(state=State.P_INITIALIZING if me.preferred else State.R_INITIALIZING)
+
+
+def step(
+    v: View, events: Sequence[Event], me: Identity, t: Timing, now_ns: int
+) -> tuple[View, list[Command]]:
+    """Fold `events`, decide once, and return the new view with the commands to carry out, in order."""
+    if v.last_step_ns and now_ns - v.last_step_ns > t.interval_ns + t.timeout_ns:
+        v = replace(v, silent_from_ns=now_ns)  # we were not running: our clock proves no silence
+    v = replace(v, last_step_ns=now_ns)
+    for e in events:
+        v = fold(v, e, me, t, now_ns)
+    r, out = register.tick(v.lead, now_ns)
+    v = lead_outcome(replace(v, lead=r), out, t, now_ns)
+    r, out = register.tick(v.own, now_ns)
+    v = own_outcome(replace(v, own=r), out, me, now_ns)
+    d = decide(observe(v, me, t, now_ns))
+    v, commands = _apply(v, d, me, t, now_ns)
+    v = _renew(v, me, commands)
+    v = _lead(v, me, t, now_ns, commands)
+    v = _own(v, me, t, now_ns, commands)
+    return v, commands
+
+
+def _apply(v: View, d: Decision, me: Identity, t: Timing, now_ns: int) -> tuple[View, list[Command]]:
+    commands: list[Command] = []
+    if d.next is not v.state or (d.row, d.why) != (v.row, v.why):
+        commands.append(Log(str(d.row), v.state, d.next, d.why))
+    if d.next is not v.state:
+        v = replace(v, successes=0)
+        if d.next in {State.HEALTHY, State.LEADER}:
+            f = v.fencer
+            resumed = v.lease_until_ns == 0 and f is not None and f.lease_deadline_ns is not None
+            if resumed and f is not None and f.lease_deadline_ns is not None:
+                v = replace(v, lease_until_ns=f.lease_deadline_ns)
+            v = replace(v, postgres_failed=False)
+        if d.next in {State.WATCHING, State.YIELDING}:
+            v = replace(v, lost=False, lease_until_ns=0, postgres_failed=False)
+        if d.row in {406, 808}:
+            v = replace(v, postgres_failed=True)
+    v = replace(v, state=d.next, row=d.row, why=d.why)
+    for action in d.do:
+        v = _act(v, action, d, me, t, now_ns, commands)
+    return v, commands
+
+
+def _act(
+    v: View, action: Action, d: Decision, me: Identity, t: Timing, now_ns: int, commands: list[Command]
+) -> View:
+    match action:
+        case "fatal":
+            commands.append(Fatal(d.why))
+            return v
+        case "claim" | "create" | "vacate":
+            # Whatever exchange runs gives way; should its write land, this one's revision is refused.
+            revision = v.revision if action != "create" else 0
+            lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
+            return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
+        case "fence" | "activate" | "follow":
+            generation = _next_generation(v)
+            order = Order(op=action, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
+            if action == "follow":
+                order = replace(order, primary=target(v, me))
+            if action == "activate" and v.cluster is not None:
+                order = replace(
+                    order,
+                    deadline_ns=v.lease_until_ns,
+                    sync_count=v.cluster.sync_count,
+                    sync_voters=v.cluster.sync_voters,
+                )
+            commands.append(order)
+            return replace(v, order=SentOrder(generation, action, now_ns), db=None)
+
+
+def _next_generation(v: View) -> Gen:
+    term, order = highest(v)
+    cluster_term = v.cluster.term if v.cluster is not None else 0
+    return (cluster_term, 1) if cluster_term > term else (term, order + 1)
+
+
+def _renew(v: View, me: Identity, commands: list[Command]) -> View:
+    """Renew what the fencer has granted, to the end of what the newest heartbeat entitles to."""
+    f = v.fencer
+    if f is None or f.active is None or v.cluster is None or f.active[0] != v.cluster.term:
+        return v
+    activating = (
+        v.state in {State.FENCED, State.PROMOTING} and v.order is not None and v.order.op == "activate"
+    )
+    if not (v.state in {State.HEALTHY, State.LEADER} or activating) or not is_leading(v, me):
+        return v
+    if v.renewed[0] == f.active and v.renewed[1] >= v.lease_until_ns:
+        return v
+    commands.append(Renew(f.active, v.lease_until_ns))
+    return replace(v, renewed=(f.active, v.lease_until_ns))
+
+
+def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]) -> View:
+    """Drive the exchange on cluster_state: the primary's heartbeat, or a claim, creation or vacancy."""
+    if v.intent == "beat" and not is_leading(v, me):
+        return replace(v, lead=replace(v.lead, deadline_ns=0, busy="", pending=())) if v.lead.running else v
+    if v.intent == "beat" and not v.lead.running and now_ns >= _next_beat(v.lead_sent_ns, v.failures, t):
+        lead = replace(v.lead, revision=v.revision)
+        v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns)
+    what = register.due(v.lead, now_ns)
+    left = v.lead.deadline_ns - now_ns
+    if what == "read":
+        commands.append(Read(CLUSTER_STATE, left))
+        return replace(v, lead=register.sent(v.lead, "read", None))
+    if what != "write":
+        return v
+    v, attempt = _attempt(v, me)
+    record = _cluster_record(v, me, attempt)
+    commands.append(Write(CLUSTER_STATE, record, v.lead.revision or 0, attempt, left))
+    return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)), lead_record=record)
+
+
+def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:
+    """A pause between heartbeats; none after a failed one (the lease counts on that)."""
+    return sent_ns + (t.interval_ns if failures == 0 else t.timeout_ns)
+
+
+def _own(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]) -> View:
+    """Drive the exchange on our own member record, and the periodic read of everything."""
+    if not v.own.running and now_ns >= _next_beat(v.own_sent_ns, 0 if is_leading(v, me) else v.failures, t):
+        v = replace(v, own=register.start(v.own, now_ns, t.timeout_ns), own_sent_ns=now_ns)
+    what = register.due(v.own, now_ns)
+    left = v.own.deadline_ns - now_ns
+    key = MEMBER_PREFIX + me.node
+    if what == "read":
+        commands.append(Read(key, left))
+        v = replace(v, own=register.sent(v.own, "read", None))
+    elif what == "write":
+        v, attempt = _attempt(v, me)
+        record = _member_record(v, me, t, now_ns, attempt)
+        commands.append(Write(key, record, v.own.revision or 0, attempt, left))
+        v = replace(v, own=register.sent(v.own, "write", Attempt(attempt, now_ns)))
+    if now_ns >= v.refreshing_until_ns and now_ns >= v.refreshed_ns + t.interval_ns:
+        commands.append(Refresh(t.timeout_ns))
+        v = replace(v, refreshing_until_ns=now_ns + 2 * t.timeout_ns)
+    return v
+
+
+def _attempt(v: View, me: Identity) -> tuple[View, str]:
+    return replace(v, counter=v.counter + 1), f"{me.instance}-{v.counter + 1}"
+
+
+def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
+    c, f, db = v.cluster, v.fencer, v.db
+    if f is None:
+        raise AssertionError("no fencer: nothing may be claimed or beaten")
+    if v.intent in {"claim", "create"} or c is None:
+        term = max(c.term if c is not None else 0, highest(v)[0]) + 1
+        return ClusterState(
+            cluster_id=me.cluster_id,
+            system_identifier=c.system_identifier if c is not None else f.system_identifier or "",
+            term=term,
+            primary=me.node,
+            primary_fencer_id=f.fencer_id,
+            last_primary=me.node,
+            beat=0,
+            attempt=attempt,
+            boot_id=me.boot_id,
+            status=v.state,
+            timeline=c.timeline if c is not None else 0,
+            lsn=c.lsn if c is not None else 0,
+            sync_count=me.sync_count,
+            sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
+        )
+    vacate = v.intent == "vacate"
+    writing = db is not None and db.db == "primary"
+    return ClusterState(
+        cluster_id=c.cluster_id,
+        system_identifier=c.system_identifier,
+        term=c.term,
+        primary=None if vacate else me.node,
+        primary_fencer_id=None if vacate else f.fencer_id,
+        last_primary=me.node,
+        beat=c.beat + 1,
+        attempt=attempt,
+        boot_id=me.boot_id,
+        status=v.state,
+        timeline=max(c.timeline, db.timeline) if db is not None and writing else c.timeline,
+        lsn=max(c.lsn, db.received_lsn) if db is not None and writing else c.lsn,
+        sync_count=c.sync_count,
+        sync_voters=c.sync_voters,
+    )
+
+
+def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) -> Member:
+    f, db = v.fencer, v.db
+    left = v.lease_until_ns - now_ns
+    return Member(
+        node=me.node,
+        attempt=attempt,
+        boot_id=me.boot_id,
+        status=v.state,
+        row=str(v.row),
+        why=v.why,
+        db=database(v, t, now_ns),
+        timeline=db.timeline if db is not None else 0,
+        received_lsn=db.received_lsn if db is not None else 0,
+        replayed_lsn=db.replayed_lsn if db is not None else 0,
+        streaming=db is not None and db.streaming,
+        seen_revision=v.revision if db is not None else 0,
+        silent_ns=silence_ns(v),
+        latched=f is not None and f.latched is not None,
+        nofailover=me.nofailover,
+        priority=me.priority,
+        generation="{}.{}".format(*(f.highest if f is not None else (0, 0))),
+        lease_left_ms=left // 1_000_000 if left > 0 and is_leading(v, me) else None,
+        fencer_id=f.fencer_id if f is not None else "",
+        fencer_ok=f is not None and not v.fencer_silent,
+        system_identifier=f.system_identifier if f is not None else None,
+        version=me.version,
+    )

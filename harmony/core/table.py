@@ -1,0 +1,249 @@
+"""All transitions, in one table. A newcomer changes a row here, never a branch elsewhere.
+
+`decide` looks for the first row of the current state whose condition holds. A row's `why` is the log line.
+Pure: an Observation comes in, a Decision goes out; time is already in the Observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from harmony.core.states import State
+
+Action = Literal["fence", "activate", "follow", "claim", "create", "vacate", "fatal"]
+Leads = Literal["nobody_yet", "me", "other", "vacant", "unread"]
+Order = Literal["none", "running", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """All that a decision may depend on. See view.observe for how each field is made."""
+
+    state: State
+    leads: Leads  # what the newest known cluster_state says (`me`: my name *and* my fencer's id)
+    lost: bool  # a read confirmed that another wrote over my leadership
+    failures: int  # consecutive failed heartbeats
+    failing: bool  # failures >= failure_threshold
+    recovered: bool  # success_threshold good heartbeats in a row, the newest after entering the state
+    lease_left: bool  # my newest acknowledged heartbeat still entitles me
+    fencer_known: bool
+    granted: bool  # the fencer's active generation is of this term and its lease runs
+    fence_proven: bool  # by a generation not older than any order I sent
+    order: Order  # fate of my newest order
+    order_op: str
+    order_why: str
+    may_order: bool  # the pause after a failed order is over
+    postgres_up: bool
+    db: Literal["down", "standby", "primary", "unknown"]
+    following_right: bool  # PostgreSQL runs as the standby of whom it should
+    postgres_failed: bool  # PostgreSQL died under us or did not start: the reason for this fence
+    peer_ready: bool  # another live node runs as a standby and could take over
+    term_behind: bool  # the fencer has accepted a higher term than the store's
+    latched: bool
+    trusted: bool
+    identified: bool  # the fencer has read the data directory's system identifier
+    virgin: bool  # this node has never accepted any generation
+    may_claim: bool  # the pause after a claim that came to nothing is over
+    writing: bool  # a claim, creation or vacancy is being written and its fate is not known
+    stale: bool  # two-clock rule: the primary's heartbeat is too old on both clocks
+    eligible: bool
+    eligible_why: str
+    foreign: str | None  # something that must never be: another system id, another host with my name
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    id: int
+    state: State
+    when: Callable[[Observation], bool]
+    next: State
+    do: tuple[Action, ...]
+    why: str
+    condition: str  # for people: what `when` says
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    row: int  # 0: no row matched, hold
+    next: State
+    do: tuple[Action, ...]
+    why: str
+
+
+S = State
+
+
+def _row(
+    id_: int,
+    state: State,
+    condition: str,
+    when: Callable[[Observation], bool],
+    next_: State,
+    why: str,
+    *do: Action,
+) -> Row:
+    return Row(id=id_, state=state, when=when, next=next_, do=do, why=why, condition=condition)
+
+
+def _no_order(o: Observation) -> bool:
+    return o.order in {"none", "failed"} and o.may_order
+
+
+def _unproven(o: Observation) -> bool:
+    """A fence is wanted, and none of ours is under way."""
+    return not o.fence_proven and not (o.order == "running" and o.order_op == "fence") and o.may_order
+
+
+def _must_vacate(o: Observation) -> bool:
+    return (
+        o.leads == "me"
+        and not o.writing
+        and not o.failing
+        and (o.latched or not o.trusted or o.term_behind or (o.postgres_failed and o.peer_ready))
+    )
+
+
+def _may_resume(o: Observation) -> bool:
+    return o.leads == "me" and o.granted and o.db == "primary" and o.postgres_up
+
+
+def _leader_rows(base: int, state: State, down: State) -> tuple[Row, ...]:
+    """A writable primary (Healthy, Leader) differs only in where it falls to."""
+    return (
+        _row(
+            base + 0,
+            state,
+            "another wrote over our leadership, confirmed",
+            lambda o: o.lost or o.leads != "me",
+            down,
+            "replaced: the store shows another leader; fencing at once",
+            "fence",
+        ),
+        _row(
+            base + 2,
+            state,
+            "fencer's lease gone",
+            lambda o: o.fencer_known and not o.granted,
+            down,
+            "the fencer no longer holds our lease (it fenced by itself or was latched)",
+            "fence",
+        ),
+        _row(
+            base + 4,
+            state,
+            "PostgreSQL died",
+            lambda o: o.fencer_known and not o.postgres_up,
+            down,
+            "PostgreSQL died; fencing what is left of it, then handing over",
+            "fence",
+        ),
+        _row(
+            base + 6,
+            state,
+            "failures >= failure_threshold",
+            lambda o: o.failing,
+            down,
+            "heartbeats failed up to the threshold: the store may have elected another; fencing",
+            "fence",
+        ),
+        _row(
+            base + 8,
+            state,
+            "own lease over",
+            lambda o: not o.lease_left,
+            down,
+            "our lease ran out (paused or cut off); fencing",
+            "fence",
+        ),
+        _row(
+            base + 10,
+            state,
+            "database is a standby",
+            lambda o: o.db == "standby",
+            down,
+            "PostgreSQL says it is in recovery: it is not our primary; fencing",
+            "fence",
+        ),
+    )
+
+
+TABLE: tuple[Row, ...] = (
+    # -------------------------------------------------------------- primary workflow
+    _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on", "fatal"),
+    _row(102, S.P_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.P_INITIALIZING, "waiting for the fencer and a first look at the store"),
+    _row(104, S.P_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.HEALTHY, "restarted as the recorded primary with the lease in force: resuming at once"),
+    _row(106, S.P_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.P_FAILED, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
+    _row(108, S.P_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.P_INITIALIZING, "recorded primary: waiting for the database's answer"),
+    _row(110, S.P_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.YIELDING, "another node leads, or the place is vacant: yielding"),
+    _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not o.virgin, S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store or reset this node's fencer state"),
+    _row(114, S.P_INITIALIZING, "empty store, latched", lambda o: o.leads == "nobody_yet" and (o.latched or not o.trusted), S.P_INITIALIZING, "new cluster, but this node is latched or its fencer's state untrusted: not claiming it"),
+    _row(116, S.P_INITIALIZING, "empty store, virgin node", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: the preferred primary claims its first term", "create"),
+    *_leader_rows(200, S.HEALTHY, S.P_FAILED),
+    _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
+    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence"),
+    _row(304, S.P_FAILED, "no fence under way", _unproven, S.P_FAILED, "ordering a fence", "fence"),
+    _row(400, S.FENCED, "term is not ours", lambda o: o.lost or o.leads in {"other", "vacant"}, S.YIELDING, "fenced, and the store shows that the term is no longer ours: yielding"),
+    _row(402, S.FENCED, "ours, but may not resume", lambda o: _must_vacate(o) and o.fence_proven, S.FENCED, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
+    _row(404, S.FENCED, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.HEALTHY, "PostgreSQL is the writable primary again"),
+    _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence"),
+    _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
+    _row(410, S.FENCED, "fence no longer proven", lambda o: not o.fence_proven and o.order_op != "activate", S.P_FAILED, "the fence is not proven any more; fencing again", "fence"),
+    _row(500, S.YIELDING, "recorded primary is me, fence proven", lambda o: o.leads == "me" and o.fence_proven, S.FENCED, "leadership is recorded as ours again"),
+    _row(502, S.YIELDING, "recorded primary is me", lambda o: o.leads == "me", S.P_FAILED, "leadership is recorded as ours again; proving the fence first", "fence"),
+    _row(504, S.YIELDING, "latched", lambda o: o.latched or not o.trusted, S.YIELDING, "latched by an operator, or the fencer's state is untrusted: staying fenced"),
+    _row(506, S.YIELDING, "standby of the right node", lambda o: o.leads in {"other", "vacant"} and o.following_right and o.db == "standby", S.WATCHING, "runs as a standby again: watching"),
+    _row(508, S.YIELDING, "not following yet", lambda o: o.leads in {"other", "vacant"} and not o.following_right and _no_order(o), S.YIELDING, "rejoining as a standby", "follow"),
+    _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order, S.YIELDING, "not running as a standby: ordering it again", "follow"),
+    # -------------------------------------------------------------- replica workflow
+    _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on", "fatal"),
+    _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store"),
+    _row(604, S.R_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.LEADER, "restarted as the recorded primary with the lease in force: resuming at once"),
+    _row(606, S.R_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.DEMOTING, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
+    _row(608, S.R_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.R_INITIALIZING, "recorded primary: waiting for the database's answer"),
+    _row(610, S.R_INITIALIZING, "empty store", lambda o: o.leads == "nobody_yet", S.R_INITIALIZING, "new cluster: waiting for the preferred primary to claim its first term"),
+    _row(612, S.R_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.WATCHING, "another node leads, or the place is vacant: watching"),
+    _row(700, S.WATCHING, "something foreign", lambda o: o.foreign is not None, S.WATCHING, "must not go on", "fatal"),
+    _row(702, S.WATCHING, "heartbeats failing", lambda o: o.failing, S.R_FAILED, "own heartbeats failed up to the threshold: what we know is old; no promotion from here"),
+    _row(704, S.WATCHING, "latched", lambda o: o.latched or not o.trusted, S.WATCHING, "latched by an operator, or the fencer's state is untrusted: no promotion"),
+    _row(706, S.WATCHING, "recorded primary is me, writable", lambda o: o.leads == "me" and o.db == "primary", S.DEMOTING, "recorded primary without a lease, yet writable: fencing", "fence"),
+    _row(708, S.WATCHING, "recorded primary is me", lambda o: o.leads == "me" and o.recovered and o.db == "standby" and not o.writing and o.may_claim, S.PROMOTING, "leadership is recorded as ours: claiming a new term", "claim"),
+    _row(710, S.WATCHING, "vacancy, eligible", lambda o: o.leads == "vacant" and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the place is vacant and we are eligible: claiming", "claim"),
+    _row(712, S.WATCHING, "primary stale, eligible", lambda o: o.leads == "other" and o.stale and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the primary's heartbeat is stale on both clocks and we are eligible: claiming", "claim"),
+    _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow"),
+    _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
+    _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote"),
+    _row(798, S.PROMOTING, "replaced after activating", lambda o: not o.writing and o.leads != "me" and o.order_op == "activate", S.DEMOTING, "replaced while promoting; fencing", "fence"),
+    _row(800, S.PROMOTING, "claim lost", lambda o: not o.writing and o.leads != "me", S.WATCHING, "the claim was not won: another was faster, or the store did not confirm it"),
+    _row(802, S.PROMOTING, "latched", lambda o: o.latched, S.DEMOTING, "latched by an operator while promoting; fencing", "fence"),
+    _row(804, S.PROMOTING, "lease over or heartbeats failing", lambda o: not o.writing and (o.failing or not o.lease_left), S.DEMOTING, "lost the store while promoting; fencing", "fence"),
+    _row(806, S.PROMOTING, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.LEADER, "promoted: PostgreSQL is the writable primary"),
+    _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence"),
+    _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),
+    *_leader_rows(900, S.LEADER, S.DEMOTING),
+    _row(1000, S.DEMOTING, "fence proven, heartbeats failing", lambda o: o.fence_proven and o.failing and not o.lost, S.R_FAILED, "the fence is proven; the store is out of reach"),
+    _row(1002, S.DEMOTING, "fence proven, may not resume", lambda o: o.fence_proven and _must_vacate(o), S.DEMOTING, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
+    _row(1004, S.DEMOTING, "fence proven, may go on", lambda o: o.fence_proven and (o.leads != "me" or (o.recovered and not o.writing)), S.WATCHING, "the fence is proven: going back to watching"),
+    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence"),
+    _row(1008, S.DEMOTING, "no fence under way", _unproven, S.DEMOTING, "ordering a fence", "fence"),
+    _row(1100, S.R_FAILED, "good heartbeats again", lambda o: o.recovered, S.WATCHING, "heartbeats are good again: watching"),
+)  # fmt: skip
+
+
+def decide(o: Observation) -> Decision:
+    """The first matching row of the state; none: an explicit hold."""
+    for row in TABLE:
+        if row.state is o.state and row.when(o):
+            return Decision(row.id, row.next, row.do, _explain(row, o))
+    return Decision(0, o.state, (), "holding")
+
+
+def _explain(row: Row, o: Observation) -> str:
+    if o.foreign is not None and "fatal" in row.do:
+        return o.foreign
+    if row.id == 718:
+        return f"{row.why}: {o.eligible_why}"
+    if o.order == "failed" and row.id in {302, 406, 808, 1006}:
+        return f"{row.why} ({o.order_why})"
+    return row.why

@@ -1,0 +1,101 @@
+"""The times that safety rests on, their derived lease, the inequality between them, and the presets.
+
+It reads no clock. All values are seconds in the configuration and nanoseconds inside the core.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+NS = 1_000_000_000
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Seconds throughout; `failure_threshold` and `success_threshold` are counts."""
+
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+    failure_threshold: int
+    success_threshold: int
+    fence_timeout_s: float
+    safety_margin_s: float
+    failover_timeout_s: float
+
+    @property
+    def lease_s(self) -> float:
+        """How long a heartbeat entitles the primary, counted from its send."""
+        return self.heartbeat_interval_s + self.heartbeat_timeout_s * self.failure_threshold
+
+    @property
+    def lease_ns(self) -> int:
+        return round(self.lease_s * NS)
+
+    @property
+    def interval_ns(self) -> int:
+        return round(self.heartbeat_interval_s * NS)
+
+    @property
+    def timeout_ns(self) -> int:
+        return round(self.heartbeat_timeout_s * NS)
+
+    @property
+    def fence_ns(self) -> int:
+        return round(self.fence_timeout_s * NS)
+
+    @property
+    def margin_ns(self) -> int:
+        return round(self.safety_margin_s * NS)
+
+    @property
+    def failover_ns(self) -> int:
+        return round(self.failover_timeout_s * NS)
+
+    @property
+    def settle_ns(self) -> int:
+        """After this silence the primary has certainly stopped: what a standby then has received is all."""
+        return self.lease_ns + self.fence_ns
+
+    def violation(self) -> str | None:
+        """None when failover_timeout > lease + fence_timeout + safety_margin; else every number named."""
+        needed = self.lease_s + self.fence_timeout_s + self.safety_margin_s
+        if self.failover_timeout_s > needed:
+            return None
+        return (
+            f"failover_timeout_s {self.failover_timeout_s:g} must be greater than lease {self.lease_s:g} "
+            f"(heartbeat_interval_s {self.heartbeat_interval_s:g} + heartbeat_timeout_s "
+            f"{self.heartbeat_timeout_s:g} × failure_threshold {self.failure_threshold}) + fence_timeout_s "
+            f"{self.fence_timeout_s:g} + safety_margin_s {self.safety_margin_s:g} = {needed:g}: "
+            "otherwise a replica could promote before the old primary has certainly stopped; "
+            f"raise failover_timeout_s above {needed:g} or lower one of the others"
+        )
+
+
+PRESETS: dict[str, Timing] = {
+    "fast": Timing(
+        heartbeat_interval_s=0.5,
+        heartbeat_timeout_s=0.5,
+        failure_threshold=3,
+        success_threshold=2,
+        fence_timeout_s=1.0,
+        safety_margin_s=0.5,
+        failover_timeout_s=4.0,
+    ),
+    "standard": Timing(
+        heartbeat_interval_s=1.0,
+        heartbeat_timeout_s=2.0,
+        failure_threshold=5,
+        success_threshold=2,
+        fence_timeout_s=2.0,
+        safety_margin_s=1.5,
+        failover_timeout_s=15.0,
+    ),
+    "wan": Timing(
+        heartbeat_interval_s=2.0,
+        heartbeat_timeout_s=5.0,
+        failure_threshold=5,
+        success_threshold=3,
+        fence_timeout_s=5.0,
+        safety_margin_s=3.0,
+        failover_timeout_s=40.0,
+    ),
+}

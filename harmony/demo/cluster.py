@@ -1,0 +1,420 @@
+"""Brings a whole small cluster up on this machine and takes it down again: NATS, three nodes, their supervisors.
+
+It makes and removes one temporary directory, and ends only processes that belong to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+import psycopg
+import tomli_w
+
+from harmony.admin import MAX_LINE_BYTES, StatusReply
+from harmony.core.timing import PRESETS
+from harmony.demo import procs
+from harmony.demo.parts import Parts, SetupError, environment, find_parts, run_as
+
+NODES = ("n1", "n2", "n3")
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 60.0
+LONGEST_SOCKET_PATH = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
+SETTINGS = """
+# --- Harmony demo ---
+wal_level = replica
+wal_log_hints = on
+max_wal_senders = 10
+max_replication_slots = 10
+wal_keep_size = '256MB'
+hot_standby = on
+fsync = on
+max_connections = 50
+shared_buffers = '32MB'
+wal_retrieve_retry_interval = '200ms'
+listen_addresses = '127.0.0.1'
+port = {port}
+unix_socket_directories = '{socket_dir}'
+"""
+CONTENT = """
+CREATE ROLE harmony LOGIN;
+GRANT pg_monitor TO harmony;
+CREATE ROLE replicator LOGIN REPLICATION;
+GRANT EXECUTE ON FUNCTION pg_ls_dir(text, boolean, boolean) TO replicator;
+GRANT EXECUTE ON FUNCTION pg_stat_file(text, boolean) TO replicator;
+GRANT EXECUTE ON FUNCTION pg_read_binary_file(text) TO replicator;
+GRANT EXECUTE ON FUNCTION pg_read_binary_file(text, bigint, bigint, boolean) TO replicator;
+CREATE ROLE app LOGIN;
+CREATE TABLE harmony_demo (id bigint PRIMARY KEY, port int DEFAULT inet_server_port(),
+                           written timestamptz DEFAULT clock_timestamp());
+CREATE TABLE harmony_demo_probe (id bigint, port int DEFAULT inet_server_port());
+GRANT SELECT, INSERT ON harmony_demo, harmony_demo_probe TO app;
+"""
+_reply: msgspec.json.Decoder[StatusReply] = msgspec.json.Decoder(StatusReply)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's name, its folder under the demo's directory and its PostgreSQL's port."""
+
+    name: str
+    folder: Path
+    port: int
+
+    @property
+    def data_dir(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def socket_dir(self) -> Path:
+        return self.folder / "sock"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "harmony.toml"
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.folder / "run" / "agent" / "agent.sock"
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports free now, below the range that outgoing connections take theirs from."""
+    found: list[int] = []
+    for _ in range(1000):
+        port = random.randint(20_000, 31_999)  # noqa: S311 (no secret)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise SetupError(f"no {count} free TCP ports between 20000 and 31999")
+
+
+def make_base() -> Path:
+    """A new private-named directory, short enough for Unix sockets, that other users may enter."""
+    wanted = Path(tempfile.gettempdir())
+    longest = len(str(wanted / "harmony-demo-12345678" / "n1" / "run" / "agent" / "agent.sock"))
+    root = Path("/tmp") if os.geteuid() == 0 or longest > LONGEST_SOCKET_PATH else wanted  # noqa: S108
+    base = Path(tempfile.mkdtemp(prefix="harmony-demo-", dir=root))
+    base.chmod(0o755)
+    return base.resolve()
+
+
+def ask_status(path: Path, timeout_s: float = 0.5) -> StatusReply | None:
+    """One status query at an agent's admin socket; None when it does not answer in time or in form."""
+    deadline = time.monotonic() + timeout_s
+    answer = b""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.settimeout(timeout_s)
+            link.connect(str(path))
+            link.sendall(b'{"op":"status"}\n')
+            while not answer.endswith(b"\n") and len(answer) <= MAX_LINE_BYTES:
+                link.settimeout(max(0.001, deadline - time.monotonic()))
+                received = link.recv(65536)
+                if not received:
+                    break
+                answer += received
+        return _reply.decode(answer)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+@dataclass
+class Cluster:
+    """A demo cluster. `start` raises SetupError; `stop` may be called at any time, and twice."""
+
+    base: Path
+    preset: str
+    parts: Parts
+    nodes: dict[str, Node]
+    nats_port: int
+    cluster_id: str
+    nats: psutil.Popen | None = None
+    supervisors: dict[str, psutil.Popen] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, preset: str, base: Path) -> Cluster:
+        """Find the parts and lay out the nodes; starts nothing that stays."""
+        ports = free_ports(len(NODES) + 1)
+        nodes = {name: Node(name, base / name, port) for name, port in zip(NODES, ports[1:], strict=True)}
+        return cls(base, preset, find_parts(base), nodes, ports[0], f"demo-{secrets.token_hex(4)}")
+
+    def conninfo(self, name: str, user: str = "app") -> str:
+        """libpq's connection string for one node."""
+        return f"host={HOST} port={self.nodes[name].port} user={user} dbname=postgres sslmode=disable"
+
+    @property
+    def writer_conninfo(self) -> str:
+        """The multi-host string that finds the primary by itself, wherever it is."""
+        hosts = ",".join(HOST for _ in self.nodes)
+        ports = ",".join(str(node.port) for node in self.nodes.values())
+        return (
+            f"host={hosts} port={ports} user=app dbname=postgres sslmode=disable "
+            "target_session_attrs=read-write connect_timeout=2 tcp_user_timeout=2000"
+        )
+
+    def node_at(self, port: int) -> str:
+        """The name of the node whose PostgreSQL listens on this port."""
+        return next(node.name for node in self.nodes.values() if node.port == port)
+
+    def start(self, say: Say) -> None:
+        """Bring everything up and wait until it accepts writes and both standbys stream."""
+        for note in self.parts.notes:
+            say(note)
+        user = self.parts.users.postgres
+        say(
+            f"PostgreSQL {self.parts.postgres.version} from {self.parts.postgres.bin_dir}, nats-server "
+            f"{self.parts.nats_server}, in {self.base}"
+        )
+        self.start_nats()
+        for node in self.nodes.values():
+            for folder, mode in (("run", 0o755), ("state", 0o700), ("sock", 0o755)):
+                (node.folder / folder).mkdir(parents=True)
+                (node.folder / folder).chmod(mode)
+            node.folder.chmod(0o755)
+            if user is not None:
+                shutil.chown(node.socket_dir, user, pwd.getpwnam(user).pw_gid)
+        say("Making the database of n1, and copies of it for n2 and n3")
+        self._make_databases()
+        for node in self.nodes.values():
+            self._write_config(node)
+            self._check_config(node)
+        say("Starting three supervisors, each with its agent, its fencer and its PostgreSQL")
+        for name in self.nodes:
+            self.start_supervisor(name)
+        self._wait_until_replicating(say)
+
+    def _spawn(self, argv: list[str], log: Path) -> psutil.Popen:
+        with log.open("ab") as out:
+            return psutil.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                env=environment(),
+                start_new_session=True,  # Ctrl-C on the terminal is for the demo, which then stops all in order
+            )
+
+    def start_nats(self) -> None:
+        """Start nats-server on its port (again): JetStream on disk, every write synced."""
+        config = self.base / "nats.conf"
+        config.write_text(
+            f'server_name: "demo"\nlisten: "{HOST}:{self.nats_port}"\n'
+            f'jetstream {{ store_dir: "{self.base}/jetstream", sync_interval: always }}\n'
+        )
+        self.nats = self._spawn([str(self.parts.nats_server), "-c", str(config)], self.base / "nats.log")
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((HOST, self.nats_port), 0.5) as link:
+                link.settimeout(0.5)
+                if link.recv(4096).startswith(b"INFO"):
+                    return
+            if self.nats.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise SetupError(f"nats-server did not start; it says: {self.tail(self.base / 'nats.log')}")
+
+    def kill_nats(self) -> None:
+        """SIGKILL the store."""
+        if self.nats is not None:
+            procs.send(self.nats, signal.SIGKILL)
+            self.nats.wait(timeout=5)
+
+    def start_supervisor(self, name: str) -> None:
+        """Start a node's supervisor, which starts the rest of the node."""
+        node = self.nodes[name]
+        argv = [sys.executable, "-I", "-m", "harmony_supervisor", "--config", str(node.config)]
+        self.supervisors[name] = self._spawn(argv, node.folder / "node.log")
+
+    def _program(self, name: str, *arguments: str) -> None:
+        pg = self.parts.postgres
+        argv = [str(pg.bin_dir / name), *arguments]
+        try:
+            done = run_as(self.parts.users.postgres, argv, pg.library_dir, timeout_s=START_TIMEOUT_S)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise SetupError(f"{name} did not run: {error}") from error
+        if done.returncode != 0:
+            raise SetupError(
+                f"{name} failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-1000:]}"
+            )
+
+    def _make_databases(self) -> None:
+        first = self.nodes[NODES[0]]
+        user = self.parts.users.postgres
+        for node in self.nodes.values():
+            node.data_dir.mkdir(mode=0o700)
+            if user is not None:
+                shutil.chown(node.data_dir, user, pwd.getpwnam(user).pw_gid)
+        data = str(first.data_dir)
+        self._program(
+            "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-k", "-N"
+        )
+        plain = (first.data_dir / "postgresql.conf").read_text()
+        self._configure(first, plain)
+        log = str(first.data_dir / "first-start.log")
+        self._program("pg_ctl", "-D", data, "-w", "-l", log, "-o", "-c listen_addresses=''", "start")
+        try:
+            with psycopg.connect(
+                f"host={first.socket_dir} port={first.port} user=postgres dbname=postgres connect_timeout=10",
+                autocommit=True,
+            ) as connection:
+                connection.execute(CONTENT)
+                me = user or pwd.getpwuid(os.geteuid()).pw_name
+                if me not in {"postgres", "harmony", "replicator", "app"}:
+                    quoted = '"' + me.replace('"', '""') + '"'
+                    connection.execute(f"CREATE ROLE {quoted} LOGIN SUPERUSER".encode())
+        except psycopg.Error as error:
+            raise SetupError(f"n1 could not be given its roles and tables: {error}") from error
+        finally:
+            self._program("pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
+        for node in list(self.nodes.values())[1:]:
+            shutil.copytree(first.data_dir, node.data_dir, symlinks=True, dirs_exist_ok=True)
+            (node.data_dir / "standby.signal").touch(mode=0o600)
+            self._configure(node, plain)
+            self._give(node.data_dir)
+
+    def _configure(self, node: Node, plain: str) -> None:
+        # Written in place: the file keeps PostgreSQL's owner and mode.
+        (node.data_dir / "postgresql.conf").write_text(
+            plain + SETTINGS.format(port=node.port, socket_dir=node.socket_dir)
+        )
+
+    def _give(self, folder: Path) -> None:
+        user = self.parts.users.postgres
+        if user is None:
+            return
+        entry = pwd.getpwnam(user)
+        for at, _folders, files in os.walk(folder):
+            os.chown(at, entry.pw_uid, entry.pw_gid)
+            for name in files:
+                os.chown(Path(at) / name, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
+
+    def settings(self, node: Node) -> dict[str, object]:
+        """The node's configuration, as it goes into its harmony.toml."""
+        postgresql: dict[str, object] = {
+            "data_dir": str(node.data_dir),
+            "bin_dir": str(self.parts.postgres.bin_dir),
+            "listen_addresses": HOST,
+            "socket_dir": str(node.socket_dir),
+        }
+        if self.parts.postgres.library_dir is not None:
+            postgresql["library_dir"] = str(self.parts.postgres.library_dir)
+        if self.parts.users.postgres is not None:
+            postgresql["user"] = self.parts.users.postgres
+        made: dict[str, object] = {
+            "cluster": {"id": self.cluster_id, "preferred_primary": NODES[0]},
+            "node": {
+                "name": node.name,
+                "state_dir": str(node.folder / "state"),
+                "run_dir": str(node.folder / "run"),
+            },
+            "members": {n.name: {"host": HOST, "port": n.port} for n in self.nodes.values()},
+            "store": {"urls": [f"nats://{HOST}:{self.nats_port}"]},
+            "timing": {"preset": self.preset},
+            "replication": {"mode": "quorum", "synchronous_count": 1},
+            "postgresql": postgresql,
+        }
+        if self.parts.users.agent is not None:
+            made["agent"] = {"user": self.parts.users.agent}
+        return made
+
+    def _write_config(self, node: Node) -> None:
+        node.config.write_text(tomli_w.dumps(self.settings(node)))
+
+    def _check_config(self, node: Node) -> None:
+        argv = [sys.executable, "-I", "-m", "harmony", "config", "check", str(node.config)]
+        done = run_as(None, argv)
+        if done.returncode != 0:
+            raise SetupError(
+                f"the configuration of {node.name} is refused: {done.stderr.strip() or done.stdout}"
+            )
+
+    def streaming(self) -> tuple[str, int, bool] | None:
+        """(primary, standbys that stream, whether commits wait for one); None when nobody accepts writes."""
+        for name in self.nodes:
+            try:
+                with psycopg.connect(
+                    self.conninfo(name, "postgres") + " connect_timeout=2", autocommit=True
+                ) as connection:
+                    row = connection.execute(
+                        "SELECT pg_is_in_recovery(), current_setting('transaction_read_only'),"
+                        " (SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'),"
+                        " current_setting('synchronous_standby_names')"
+                    ).fetchone()
+            except psycopg.Error:
+                continue
+            if row is not None and row[0] is False and row[1] == "off":
+                return name, int(row[2]), bool(row[3])
+        return None
+
+    def _wait_until_replicating(self, say: Say) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        said = ""
+        while time.monotonic() < deadline:
+            for name, process in self.supervisors.items():
+                if process.poll() is not None:
+                    log = self.nodes[name].folder / "node.log"
+                    raise SetupError(f"{name}'s supervisor ended ({process.returncode}): {self.tail(log)}")
+            found = self.streaming()
+            if found is None:
+                now = "Waiting for a primary"
+            else:
+                now = f"{found[0]} accepts writes; {found[1]} of {len(self.nodes) - 1} standbys stream"
+            if now != said:
+                say(now)
+                said = now
+            if found is not None and found[1] == len(self.nodes) - 1 and found[2]:
+                return
+            time.sleep(0.1)
+        logs = "; ".join(f"{n}: {self.tail(node.folder / 'node.log', 400)}" for n, node in self.nodes.items())
+        raise SetupError(
+            f"the cluster was not ready after {START_TIMEOUT_S:g} s ({said.lower()}). Logs: {logs}"
+        )
+
+    @staticmethod
+    def tail(log: Path, characters: int = 1000) -> str:
+        """The end of a log file, for an error message."""
+        try:
+            return log.read_text(errors="replace")[-characters:].strip() or "(nothing)"
+        except OSError as error:
+            return f"(no log: {error})"
+
+    def stop(self) -> list[psutil.Process]:
+        """Stop all that belongs to the demo, in order and then by force; returns what would not end."""
+        timing = PRESETS[self.preset]
+        data_dirs = [node.data_dir for node in self.nodes.values()]
+        for process in procs.with_argument(self.base):  # a frozen agent cannot hear that it should stop
+            procs.send(process, signal.SIGCONT)
+        running = [p for p in self.supervisors.values() if procs.alive(p)]
+        for process in running:
+            procs.send(process, signal.SIGTERM)
+        psutil.wait_procs(running, timeout=2 * timing.fence_timeout_s + 10)
+        left = procs.kill_everything(self.base, data_dirs)
+        for child in [*self.supervisors.values(), *([self.nats] if self.nats else [])]:
+            with contextlib.suppress(psutil.TimeoutExpired):
+                child.wait(timeout=2)
+        return left

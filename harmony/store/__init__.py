@@ -1,0 +1,1 @@
+"""The store: interface, NATS JetStream, memory."""
