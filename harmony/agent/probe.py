@@ -37,7 +37,7 @@ class Target:
 
 
 class Probe:
-    """`await ask(now, timeout_s)`: a DbSeen dated `now` (CLOCK_BOOTTIME ns, before the question), or DbSilent."""
+    """`await ask(now, timeout_s)`: a DbSeen dated `now` (CLOCK_BOOTTIME ns, taken before), or DbSilent."""
 
     def __init__(self, target: Target) -> None:
         self._target = target

@@ -58,7 +58,7 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def violation(self) -> str | None:
         """None when failover_timeout > lease + fence_timeout + safety_margin; else every number named."""
         needed = self.lease_s + self.fence_timeout_s + self.safety_margin_s
-        if self.failover_timeout_s > needed:
+        if self.failover_ns > self.lease_ns + self.fence_ns + self.margin_ns:
             return None
         return (
             f"failover_timeout_s {self.failover_timeout_s:g} must be greater than lease {self.lease_s:g} "

@@ -12,7 +12,7 @@ import msgspec
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One stored value. `revision` and `created_ns` (ns since the epoch, the store's clock) are the store's own."""
+    """One stored value. `revision` and `created_ns` (ns since the epoch, its clock) are the store's own."""
 
     key: str
     value: bytes

@@ -1,0 +1,164 @@
+"""The two-clock rule, the send-time rule, pauses and the timing inequality."""
+
+from __future__ import annotations
+
+import pytest
+
+from harmony.core.messages import (
+    Connected,
+    Event,
+    FencerSeen,
+    MemberSeen,
+    Order,
+    RefreshDone,
+    Renew,
+    Write,
+    WriteDone,
+)
+from harmony.core.node import initial, step
+from harmony.core.states import State
+from harmony.core.timing import NS, PRESETS, Timing
+from harmony.core.view import View, stale
+from harmony.records import CLUSTER_STATE
+from tests.core.helpers import EPOCH, FAST, T0, cluster, fencer, identity, member, seen, standby
+
+ME = identity("n2")
+
+
+def own(stamp_s: float, revision: int) -> MemberSeen:
+    return MemberSeen("n2", member("n2"), revision, EPOCH + round(stamp_s * NS))
+
+
+def watched(after_s: float, *extra: Event, stamp_s: float | None = None) -> tuple[View, bool]:
+    """A replica that saw the primary's beat at T0 and then only its own, for `after_s`."""
+    v, commands = step(
+        initial(ME), [fencer(), seen(cluster(), 50, 0.0), own(0.0, 60), standby(T0)], ME, FAST, T0
+    )
+    steps = int(after_s / 0.1)
+    for i in range(1, steps + 1):
+        now = T0 + i * NS // 10
+        events: list[Event] = [fencer(), own(i / 10 if stamp_s is None else stamp_s, 60 + i), standby(now)]
+        events += [WriteDone(c.key, c.attempt, "acked", 60 + i) for c in commands if isinstance(c, Write)]
+        events += [e for e in extra if i == steps // 2]
+        events.append(RefreshDone(ok=True))
+        v, commands = step(v, events, ME, FAST, now)
+    return v, stale(v, FAST, T0 + steps * NS // 10)
+
+
+def test_stale_on_both_clocks() -> None:
+    """D2, D3: the metadata of the stored heartbeat decides, together with our own clock."""
+    assert not watched(3.9)[1]
+    assert watched(4.2)[1]
+
+
+def test_not_stale_by_the_store_alone() -> None:
+    """A store clock that jumps ahead hastens nothing: our own clock must agree."""
+    assert not watched(2.0, stamp_s=100.0)[1]
+
+
+def test_not_stale_by_our_clock_alone() -> None:
+    """A store clock that stands still delays, never hastens."""
+    assert not watched(9.0, stamp_s=1.0)[1]
+
+
+@pytest.mark.parametrize("event", [Connected(2), RefreshDone(ok=False)], ids=["reconnect", "missed read"])
+def test_the_local_half_starts_again(event: Event) -> None:
+    assert not watched(5.0, event)[1]
+
+
+def test_a_stamp_that_goes_backwards_starts_the_local_half_again() -> None:
+    assert not watched(5.0, MemberSeen("n2", member("n2"), 80, EPOCH))[1]
+
+
+def test_a_pause_of_our_own_proves_no_silence() -> None:
+    """W10: whoever did not run has not watched."""
+    v, _ = watched(1.0)
+    now = T0 + 30 * NS
+    v, commands = step(v, [fencer(), own(30.0, 99), standby(now)], ME, FAST, now)
+    assert not stale(v, FAST, now)
+    assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+
+
+def leader() -> View:
+    """n1, recorded primary with the lease in force, resumed at T0 with its first beat sent."""
+    me = identity("n1")
+    grant = fencer("n1", active=(3, 1), lease_deadline_ns=T0 + NS, following=None, is_standby=False)
+    mine = cluster()
+    primary = standby(T0)
+    events: list[Event] = [grant, seen(mine, 50), type(primary)("primary", 4, 1000, 1000, False, "sys", T0)]
+    v, _ = step(initial(me), events, me, FAST, T0)
+    assert v.state is State.HEALTHY
+    return v
+
+
+def test_a_lease_is_counted_from_the_send() -> None:
+    """W9: the renewal's deadline is the *send* of the acknowledged heartbeat plus the lease."""
+    me = identity("n1")
+    v = leader()
+    (attempt,) = v.lead.pending
+    assert attempt.sent_ns == T0
+    late = T0 + 400_000_000
+    v, commands = step(v, [WriteDone(CLUSTER_STATE, attempt.id, "acked", 51)], me, FAST, late)
+    (renewal,) = [c for c in commands if isinstance(c, Renew)]
+    assert renewal.deadline_ns == T0 + FAST.lease_ns
+
+
+def test_after_a_pause_the_deadline_is_checked_before_anything_is_sent() -> None:
+    """W9, W10: a leader that wakes after its lease orders a fence and renews nothing."""
+    me = identity("n1")
+    v = leader()
+    (attempt,) = v.lead.pending
+    v, commands = step(v, [WriteDone(CLUSTER_STATE, attempt.id, "acked", 51)], me, FAST, T0 + 30 * NS)
+    assert v.state is State.P_FAILED
+    assert isinstance(commands[1], Order)
+    assert commands[1].op == "fence"
+    assert not [c for c in commands if isinstance(c, Renew)]
+
+
+def test_one_confirmed_mismatch_is_fatal_to_leadership() -> None:
+    """D6: seen once, fenced at once, whatever the counters say."""
+    v, commands = step(
+        leader(),
+        [seen(cluster(term=4, primary="n2", primary_fencer_id="id-n2"), 51)],
+        identity("n1"),
+        FAST,
+        T0 + 1,
+    )
+    assert v.state is State.P_FAILED
+    assert [c.op for c in commands if isinstance(c, Order)] == ["fence"]
+
+
+def test_a_fenced_node_never_says_healthy() -> None:
+    """D5: the heartbeat carries the workflow's real status."""
+    me = identity("n1")
+    v = leader()
+    now = T0 + 600_000_000
+    gone: FencerSeen = fencer("n1", active=None, fence_proven=True, postgres_up=False)
+    v, _ = step(v, [gone], me, FAST, now)
+    v, commands = step(v, [gone], me, FAST, now + NS)
+    records = [c.record for c in commands if isinstance(c, Write)]
+    assert records
+    assert {r.status for r in records} <= {State.P_FAILED, State.FENCED}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_hold_the_inequality(name: str) -> None:
+    """C1."""
+    assert PRESETS[name].violation() is None
+
+
+def test_the_inequality_names_every_number() -> None:
+    """C1: refused with each number in the message."""
+    t = Timing(
+        heartbeat_interval_s=0.5,
+        heartbeat_timeout_s=0.7,
+        failure_threshold=3,
+        success_threshold=2,
+        fence_timeout_s=1.1,
+        safety_margin_s=0.3,
+        failover_timeout_s=4.0,
+    )
+    text = t.violation()
+    assert text is not None
+    for number in ("4", "2.6", "0.5", "0.7", "3", "1.1", "0.3"):
+        assert number in text
