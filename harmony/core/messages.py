@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from harmony.records import ClusterState, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
@@ -177,8 +179,7 @@ class Refresh:
     timeout_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """Send an order to the fencer; its fate is seen in FencerSeen, a refusal in OrderRefused."""
 
     op: OrderOp

@@ -7,7 +7,8 @@ fencer, renewals, writes, reads. A fence therefore leaves before anything else o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from harmony.core import register
 from harmony.core.messages import Command, Event, Fatal, Gen, Log, Order, Read, Refresh, Renew, Write

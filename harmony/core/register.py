@@ -9,8 +9,11 @@ Pure: it sends nothing and reads no clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 RETRY_NS = 50_000_000  # pause before asking again inside one exchange
 
@@ -21,8 +24,7 @@ class Attempt:
     sent_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Register:
+class Register(msgspec.Struct, frozen=True):
     """`revision` None: never read. `deadline_ns` 0: no exchange is running."""
 
     revision: int | None = None

@@ -6,8 +6,11 @@ Pure: time is an argument, nothing is sent. The two-clock rule and the lease ari
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from harmony.core import candidate, register
 from harmony.core.messages import (
@@ -61,8 +64,7 @@ class Identity:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class SentOrder:
+class SentOrder(msgspec.Struct, frozen=True):
     generation: Gen
     op: OrderOp
     sent_ns: int
@@ -72,8 +74,9 @@ class SentOrder:
 Intent = Literal["beat", "create", "claim", "vacate"]
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True):
+    """Everything folded so far. A msgspec struct, as it is copied at every event: replace() is ten times faster."""
+
     state: State
     row: int = 0
     why: str = "starting"
@@ -86,7 +89,7 @@ class View:
     stamp_ns: int = 0
     first_seen_ns: int = 0  # when this revision was first seen here
     silent_from_ns: int = 0  # local half of the two-clock rule
-    lead: Register = field(default_factory=Register)
+    lead: Register = msgspec.field(default_factory=Register)
     intent: Intent = "beat"
     lead_record: ClusterState | None = None
     lead_sent_ns: int = 0  # start of the newest heartbeat
@@ -95,10 +98,10 @@ class View:
     renewed: tuple[Gen, int] = ((0, 0), 0)
     claim_pause_until_ns: int = 0
     # members
-    members: Mapping[str, Member] = field(default_factory=dict)
-    member_revision: Mapping[str, int] = field(default_factory=dict)
-    member_changed_ns: Mapping[str, int] = field(default_factory=dict)
-    own: Register = field(default_factory=Register)
+    members: Mapping[str, Member] = msgspec.field(default_factory=dict)
+    member_revision: Mapping[str, int] = msgspec.field(default_factory=dict)
+    member_changed_ns: Mapping[str, int] = msgspec.field(default_factory=dict)
+    own: Register = msgspec.field(default_factory=Register)
     own_sent_ns: int = 0
     own_stamp_ns: int = 0
     refreshing_until_ns: int = 0

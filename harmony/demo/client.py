@@ -72,7 +72,7 @@ def connect_blocking(conninfo: str) -> abc.PGconn | None:
 
 
 def acknowledged(connection: abc.PGconn, statement: bytes, number: int, timeout_s: float) -> bool | None:
-    """Write one row: True acknowledged, False refused by the server, None unknown (dead or no answer in time).
+    """Write one row: True acknowledged, False refused by the server, None unknown (dead or too late).
 
     An acknowledgement that comes with a warning is unknown: so PostgreSQL says 'committed here only'.
     """
@@ -85,7 +85,7 @@ def acknowledged(connection: abc.PGconn, statement: bytes, number: int, timeout_
             if not _wait(connection.socket, True, deadline):
                 return None
         outcome: bool | None = None
-        for _ in range(10_000):
+        for _ in range(100):  # results of one statement; the last one stands only after ReadyForQuery
             while connection.is_busy():
                 if not _wait(connection.socket, False, deadline):
                     return None
@@ -94,11 +94,11 @@ def acknowledged(connection: abc.PGconn, statement: bytes, number: int, timeout_
             if result is None:
                 break
             outcome = result.status == pq.ExecStatus.COMMAND_OK
-        if connection.status != pq.ConnStatus.OK:
-            return None
-        return None if outcome and warned else outcome
     except psycopg.OperationalError:
         return None
+    if connection.status != pq.ConnStatus.OK or (outcome and warned):
+        return None
+    return outcome
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:

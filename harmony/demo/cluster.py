@@ -1,4 +1,4 @@
-"""Brings a whole small cluster up on this machine and takes it down again: NATS, three nodes, their supervisors.
+"""Brings a whole small cluster up on this machine and takes it down: NATS, three nodes, their supervisors.
 
 It makes and removes one temporary directory, and ends only processes that belong to it.
 """
@@ -29,69 +29,14 @@ import tomli_w
 from harmony.admin import MAX_LINE_BYTES, StatusReply
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
+from harmony.demo.databases import HOST, Node, make_databases
 from harmony.demo.parts import Parts, SetupError, environment, find_parts, run_as
 
 NODES = ("n1", "n2", "n3")
-HOST = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
-SETTINGS = """
-# --- Harmony demo ---
-wal_level = replica
-wal_log_hints = on
-max_wal_senders = 10
-max_replication_slots = 10
-wal_keep_size = '256MB'
-hot_standby = on
-fsync = on
-max_connections = 50
-shared_buffers = '32MB'
-wal_retrieve_retry_interval = '200ms'
-listen_addresses = '127.0.0.1'
-port = {port}
-unix_socket_directories = '{socket_dir}'
-"""
-CONTENT = """
-CREATE ROLE harmony LOGIN;
-GRANT pg_monitor TO harmony;
-CREATE ROLE replicator LOGIN REPLICATION;
-GRANT EXECUTE ON FUNCTION pg_ls_dir(text, boolean, boolean) TO replicator;
-GRANT EXECUTE ON FUNCTION pg_stat_file(text, boolean) TO replicator;
-GRANT EXECUTE ON FUNCTION pg_read_binary_file(text) TO replicator;
-GRANT EXECUTE ON FUNCTION pg_read_binary_file(text, bigint, bigint, boolean) TO replicator;
-CREATE ROLE app LOGIN;
-CREATE TABLE harmony_demo (id bigint PRIMARY KEY, port int DEFAULT inet_server_port(),
-                           written timestamptz DEFAULT clock_timestamp());
-CREATE TABLE harmony_demo_probe (id bigint, port int DEFAULT inet_server_port());
-GRANT SELECT, INSERT ON harmony_demo, harmony_demo_probe TO app;
-"""
 _reply: msgspec.json.Decoder[StatusReply] = msgspec.json.Decoder(StatusReply)
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node's name, its folder under the demo's directory and its PostgreSQL's port."""
-
-    name: str
-    folder: Path
-    port: int
-
-    @property
-    def data_dir(self) -> Path:
-        return self.folder / "data"
-
-    @property
-    def socket_dir(self) -> Path:
-        return self.folder / "sock"
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "harmony.toml"
-
-    @property
-    def admin_socket(self) -> Path:
-        return self.folder / "run" / "agent" / "agent.sock"
 
 
 def free_ports(count: int) -> list[int]:
@@ -184,21 +129,14 @@ class Cluster:
         """Bring everything up and wait until it accepts writes and both standbys stream."""
         for note in self.parts.notes:
             say(note)
-        user = self.parts.users.postgres
         say(
             f"PostgreSQL {self.parts.postgres.version} from {self.parts.postgres.bin_dir}, nats-server "
             f"{self.parts.nats_server}, in {self.base}"
         )
         self.start_nats()
-        for node in self.nodes.values():
-            for folder, mode in (("run", 0o755), ("state", 0o700), ("sock", 0o755)):
-                (node.folder / folder).mkdir(parents=True)
-                (node.folder / folder).chmod(mode)
-            node.folder.chmod(0o755)
-            if user is not None:
-                shutil.chown(node.socket_dir, user, pwd.getpwnam(user).pw_gid)
+        self.lay_out()
         say("Making the database of n1, and copies of it for n2 and n3")
-        self._make_databases()
+        make_databases(self.parts, list(self.nodes.values()))
         for node in self.nodes.values():
             self._write_config(node)
             self._check_config(node)
@@ -206,6 +144,17 @@ class Cluster:
         for name in self.nodes:
             self.start_supervisor(name)
         self._wait_until_replicating(say)
+
+    def lay_out(self) -> None:
+        """Make the nodes' folders, with the owners that their processes need."""
+        user = self.parts.users.postgres
+        for node in self.nodes.values():
+            for folder, mode in (("run", 0o755), ("state", 0o700), ("sock", 0o755)):
+                (node.folder / folder).mkdir(parents=True)
+                (node.folder / folder).chmod(mode)
+            node.folder.chmod(0o755)
+            if user is not None:
+                shutil.chown(node.socket_dir, user, pwd.getpwnam(user).pw_gid)
 
     def _spawn(self, argv: list[str], log: Path) -> psutil.Popen:
         with log.open("ab") as out:
@@ -216,14 +165,15 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 cwd="/",
                 env=environment(),
-                start_new_session=True,  # Ctrl-C on the terminal is for the demo, which then stops all in order
+                start_new_session=True,  # Ctrl-C is for the demo, which then stops all in order
             )
 
     def start_nats(self) -> None:
         """Start nats-server on its port (again): JetStream on disk, every write synced."""
         config = self.base / "nats.conf"
+        name = f"{self.cluster_id}-{secrets.token_hex(4)}"  # the answer must come from this very server
         config.write_text(
-            f'server_name: "demo"\nlisten: "{HOST}:{self.nats_port}"\n'
+            f'server_name: "{name}"\nlisten: "{HOST}:{self.nats_port}"\n'
             f'jetstream {{ store_dir: "{self.base}/jetstream", sync_interval: always }}\n'
         )
         self.nats = self._spawn([str(self.parts.nats_server), "-c", str(config)], self.base / "nats.log")
@@ -231,7 +181,7 @@ class Cluster:
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((HOST, self.nats_port), 0.5) as link:
                 link.settimeout(0.5)
-                if link.recv(4096).startswith(b"INFO"):
+                if name.encode() in link.recv(4096):
                     return
             if self.nats.poll() is not None:
                 break
@@ -249,69 +199,6 @@ class Cluster:
         node = self.nodes[name]
         argv = [sys.executable, "-I", "-m", "harmony_supervisor", "--config", str(node.config)]
         self.supervisors[name] = self._spawn(argv, node.folder / "node.log")
-
-    def _program(self, name: str, *arguments: str) -> None:
-        pg = self.parts.postgres
-        argv = [str(pg.bin_dir / name), *arguments]
-        try:
-            done = run_as(self.parts.users.postgres, argv, pg.library_dir, timeout_s=START_TIMEOUT_S)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise SetupError(f"{name} did not run: {error}") from error
-        if done.returncode != 0:
-            raise SetupError(
-                f"{name} failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-1000:]}"
-            )
-
-    def _make_databases(self) -> None:
-        first = self.nodes[NODES[0]]
-        user = self.parts.users.postgres
-        for node in self.nodes.values():
-            node.data_dir.mkdir(mode=0o700)
-            if user is not None:
-                shutil.chown(node.data_dir, user, pwd.getpwnam(user).pw_gid)
-        data = str(first.data_dir)
-        self._program(
-            "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-k", "-N"
-        )
-        plain = (first.data_dir / "postgresql.conf").read_text()
-        self._configure(first, plain)
-        log = str(first.data_dir / "first-start.log")
-        self._program("pg_ctl", "-D", data, "-w", "-l", log, "-o", "-c listen_addresses=''", "start")
-        try:
-            with psycopg.connect(
-                f"host={first.socket_dir} port={first.port} user=postgres dbname=postgres connect_timeout=10",
-                autocommit=True,
-            ) as connection:
-                connection.execute(CONTENT)
-                me = user or pwd.getpwuid(os.geteuid()).pw_name
-                if me not in {"postgres", "harmony", "replicator", "app"}:
-                    quoted = '"' + me.replace('"', '""') + '"'
-                    connection.execute(f"CREATE ROLE {quoted} LOGIN SUPERUSER".encode())
-        except psycopg.Error as error:
-            raise SetupError(f"n1 could not be given its roles and tables: {error}") from error
-        finally:
-            self._program("pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
-        for node in list(self.nodes.values())[1:]:
-            shutil.copytree(first.data_dir, node.data_dir, symlinks=True, dirs_exist_ok=True)
-            (node.data_dir / "standby.signal").touch(mode=0o600)
-            self._configure(node, plain)
-            self._give(node.data_dir)
-
-    def _configure(self, node: Node, plain: str) -> None:
-        # Written in place: the file keeps PostgreSQL's owner and mode.
-        (node.data_dir / "postgresql.conf").write_text(
-            plain + SETTINGS.format(port=node.port, socket_dir=node.socket_dir)
-        )
-
-    def _give(self, folder: Path) -> None:
-        user = self.parts.users.postgres
-        if user is None:
-            return
-        entry = pwd.getpwnam(user)
-        for at, _folders, files in os.walk(folder):
-            os.chown(at, entry.pw_uid, entry.pw_gid)
-            for name in files:
-                os.chown(Path(at) / name, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
 
     def settings(self, node: Node) -> dict[str, object]:
         """The node's configuration, as it goes into its harmony.toml."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 NS = 1_000_000_000
 SPAN_BREAK_NS = NS  # a node that acknowledged nothing for this long is not assumed writable in between
@@ -66,7 +67,7 @@ def outage_s(acks: Sequence[Ack], fault_ns: int) -> float:
     With no acknowledgement after the fault it is infinite.
     """
     times = sorted(ack.acked_ns for ack in acks)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False) if later >= fault_ns]
+    gaps = [later - earlier for earlier, later in pairwise(times) if later >= fault_ns]
     return max(gaps) / NS if gaps else float("inf")
 
 

@@ -58,7 +58,7 @@ class Parts:
 
 
 def environment(library_dir: Path | None = None) -> dict[str, str]:
-    """This process's environment without HARMONY_*, PG* and NATS_*, which would change what the demo shows."""
+    """This process's environment without HARMONY_*, PG* and NATS_*, which would change the demo."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HARMONY_", "PG", "NATS_"))}
     if library_dir is not None:
         kept["LD_LIBRARY_PATH"] = str(library_dir)
@@ -68,7 +68,7 @@ def environment(library_dir: Path | None = None) -> dict[str, str]:
 def run_as(
     user: str | None, argv: list[str], library_dir: Path | None = None, timeout_s: float = PROGRAM_TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end as another OS user. Raises OSError, SubprocessError; never checks the exit code."""
+    """Run a program to its end as another OS user. Raises OSError, SubprocessError; checks no exit code."""
     entry = pwd.getpwnam(user) if user is not None else None
     return subprocess.run(
         argv,
@@ -172,8 +172,8 @@ def find_postgres(user: str | None, scratch: Path, notes: list[str]) -> Postgres
     forced = f" in {FORCE_POSTGRES}={os.environ[FORCE_POSTGRES]}" if os.environ.get(FORCE_POSTGRES) else ""
     reasons = f" ({' '.join(notes)})" if notes else ""
     raise SetupError(
-        f"no PostgreSQL {POSTGRES_AT_LEAST} or newer found{forced}{reasons}; install Debian's postgresql, or: "
-        f"{HOW_TO_INSTALL}"
+        f"no PostgreSQL {POSTGRES_AT_LEAST} or newer found{forced}{reasons}; install Debian's postgresql, "
+        f"or: {HOW_TO_INSTALL}"
     )
 
 
@@ -186,7 +186,7 @@ def _exists(user: str) -> bool:
 
 
 def find_users(notes: list[str]) -> Users:
-    """As root: PostgreSQL as `postgres` or `nobody`, agents as `nobody` where it can run them. Else oneself."""
+    """As root: PostgreSQL as `postgres` or `nobody`, agents as `nobody` where it can. Else oneself."""
     if os.geteuid() != 0:
         return Users(None, None)
     database = next((name for name in ("postgres", "nobody") if _exists(name)), None)

@@ -63,7 +63,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def with_argument(folder: Path, modules: tuple[str, ...] = OUR_MODULES) -> list[psutil.Process]:
-    """Our Python modules (or nats-server) that were started with a path inside `folder`; never this process."""
+    """Our Python modules (or nats-server) started with a path inside `folder`; never this process."""
     found = []
     prefix = f"{folder}/"
     for process in psutil.process_iter():

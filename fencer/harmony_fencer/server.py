@@ -1,0 +1,123 @@
+"""The fencer's socket: frames in, one reply each, the peer known by SO_PEERCRED.
+
+A client that is slow, silent or wrong costs its own connection and nothing else: each has a task, each
+frame a deadline, and there are at most MAX_CONNECTIONS.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+
+import structlog
+import trio
+
+from harmony_fencer.admit import Peer
+from harmony_fencer.config import FencerConfig
+from harmony_fencer.fencer import Fencer
+from harmony_fencer.protocol import HEADER, ProtocolError, Refusal, decode_request, frame, frame_length
+
+MAX_CONNECTIONS = 16
+FRAME_TIMEOUT_S = 10.0
+_CREDENTIALS = struct.Struct("3i")
+log = structlog.get_logger("fencer-socket")
+
+
+def bind(config: FencerConfig) -> socket.socket:
+    """The listening socket. The caller holds the lock, so a socket that is there is a dead fencer's.
+
+    Raises ValueError when the path is taken by something that is not a socket.
+    """
+    path = Path(config.run_dir) / "fencer.sock"
+    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+        raise ValueError(f"{path} exists and is not a socket: it is not ours; move it away")
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(old)
+    if os.geteuid() == 0:
+        os.chown(path, config.agent_uid, config.agent_gid)
+    sock.listen(MAX_CONNECTIONS)
+    return sock
+
+
+def peer_of(config: FencerConfig, uid: int) -> Peer:
+    """Who a uid is to us: root (or the fencer's own user) may everything, the agent's may order."""
+    if uid in {0, os.geteuid()}:
+        return "root"
+    return "agent" if uid == config.agent_uid else "other"
+
+
+async def serve(config: FencerConfig, fencer: Fencer, sock: socket.socket) -> None:
+    """Until cancelled."""
+    connections = 0
+
+    async def connection(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        try:
+            async with stream:
+                await _talk(config, fencer, stream, full=connections > MAX_CONNECTIONS)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            log.debug("a client went away or was too slow")
+        finally:
+            connections -= 1
+
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    await trio.serve_listeners(connection, [listener])
+
+
+async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        chunk = await stream.receive_some(count - len(data))
+        if not chunk:
+            return b""
+        data += chunk
+    return data
+
+
+async def _talk(config: FencerConfig, fencer: Fencer, stream: trio.SocketStream, *, full: bool) -> None:
+    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    peer = peer_of(config, uid)
+    if full:
+        await _reply(stream, Refusal("not_permitted", f"more than {MAX_CONNECTIONS} connections"))
+        return
+    if peer == "other":
+        log.warning("wrong user on the socket", uid=uid, pid=pid)
+        await _reply(stream, Refusal("not_permitted", f"uid {uid} may not talk to the fencer"))
+        return
+    while True:
+        first = await stream.receive_some(1)  # idle is fine; a frame once begun has a deadline
+        if not first:
+            return
+        try:
+            with trio.fail_after(FRAME_TIMEOUT_S):
+                rest = await _exactly(stream, HEADER.size - 1)
+                if not rest:
+                    return
+                body = await _exactly(stream, frame_length(first + rest))
+                if not body:
+                    return
+            request = decode_request(body)
+        except ProtocolError as e:
+            log.warning("bad message", error=e.error, detail=e.detail, uid=uid, pid=pid)
+            await _reply(stream, Refusal(e.error, e.detail[:300]))
+            if e.error == "bad_frame":
+                return
+            continue
+        reply = await fencer.handle(request, peer)
+        with trio.fail_after(FRAME_TIMEOUT_S):
+            await stream.send_all(frame(reply))
+
+
+async def _reply(stream: trio.SocketStream, refusal: Refusal) -> None:
+    with trio.move_on_after(1.0):
+        await stream.send_all(frame(refusal))

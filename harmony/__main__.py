@@ -1,0 +1,5 @@
+"""`python -m harmony`: harmonyctl."""
+
+from harmony.cli.main import main
+
+main()

@@ -1,0 +1,145 @@
+"""harmonyctl status: the cluster as this node's agent sees it, and one number for scripts."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from harmony.admin import MAX_LINE_BYTES, NodeView, StatusReply
+from harmony.cli.where import find_run_dir
+from harmony.core.states import WRITABLE_STATES
+from harmony.errors import FencerUnavailable
+from harmony.fencer_client import call, protocol
+
+HEALTHY, DEGRADED, NO_PRIMARY, CANNOT_TELL = 0, 1, 2, 3
+
+
+def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
+    """The agent's answer. Raises OSError or msgspec.DecodeError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+        sock.sendall(b'{"op":"status"}\n')
+        data = b""
+        while not data.endswith(b"\n") and len(data) <= MAX_LINE_BYTES:
+            chunk = sock.recv(65536)
+            if not chunk:
+                break
+            data += chunk
+    return msgspec.json.decode(data, type=StatusReply)
+
+
+def health(s: StatusReply) -> tuple[int, list[str]]:
+    """(exit code, reasons): 0 healthy, 1 degraded, 2 no primary, 3 cannot tell. Pure."""
+    if not s.myself.store_connected:
+        return CANNOT_TELL, ["this agent is not connected to the store: what it knows is old"]
+    if s.cluster is None:
+        return NO_PRIMARY, ["the cluster has no record yet: no primary was ever elected"]
+    if s.cluster.primary is None:
+        return NO_PRIMARY, [f"the place is vacant ({s.cluster.last_primary} left it)"]
+    if s.cluster_stale:
+        return NO_PRIMARY, [f"the heartbeat of {s.cluster.primary} is stale"]
+    if s.cluster.status not in WRITABLE_STATES:
+        return NO_PRIMARY, [f"{s.cluster.primary} is recorded but says {s.cluster.status}"]
+    reasons = []
+    for n in s.nodes:
+        m = n.member
+        if m is None or not n.alive:
+            reasons.append(f"{n.name} is not heard of")
+            continue
+        if not m.fencer_ok:
+            reasons.append(f"the fencer of {n.name} does not answer")
+        if m.latched:
+            reasons.append(f"{n.name} is latched by an operator")
+        if n.name != s.cluster.primary and not m.streaming:
+            reasons.append(f"{n.name} does not stream ({m.why})")
+        if n.name == s.cluster.primary and m.db != "primary":
+            reasons.append(f"the database of {n.name} is {m.db}")
+    return (DEGRADED if reasons else HEALTHY), reasons
+
+
+def lsn(value: int) -> str:
+    """PostgreSQL's notation of a WAL position."""
+    return f"{value >> 32:X}/{value & 0xFFFFFFFF:08X}"
+
+
+def _row(s: StatusReply, n: NodeView) -> list[str]:
+    m = n.member
+    if m is None:
+        return [n.name, f"{n.host}:{n.port}", "?", "never heard of", "", "", "", "", "", ""]
+    primary = s.cluster is not None and s.cluster.primary == n.name
+    lag = max(0, s.cluster.lsn - m.received_lsn) if s.cluster is not None else 0
+    notes = [
+        *(["latched"] if m.latched else []),
+        *(["nofailover"] if m.nofailover else []),
+        *([] if n.alive else [f"silent for {n.age_s or 0:.0f} s"]),
+        *([] if m.fencer_ok else ["fencer silent"]),
+        *(["not streaming"] if m.db == "standby" and not m.streaming else []),
+    ]
+    return [
+        n.name,
+        f"{n.host}:{n.port}",
+        m.db,
+        f"{m.status} [{m.row}]",
+        str(m.timeline),
+        lsn(m.received_lsn),
+        "" if primary else str(lag),
+        f"{m.lease_left_ms / 1000:.1f} s" if m.lease_left_ms is not None else "",
+        m.generation,
+        ", ".join(notes),
+    ]
+
+
+def show(s: StatusReply, code: int, reasons: list[str]) -> None:
+    """Print for people."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    c = s.cluster
+    word = ["healthy", "degraded", "NO PRIMARY", "cannot tell"][code]
+    console.print(f"cluster {s.cluster_id}: {word}" + (f", term {c.term}, primary {c.primary}" if c else ""))
+    if c is not None and c.sync_count:
+        console.print(f"synchronous: any {c.sync_count} of {', '.join(c.sync_voters)}")
+    elif c is not None:
+        console.print("asynchronous: a failover may lose the newest commits")
+    table = Table(
+        "node", "address", "database", "state [row]", "timeline", "LSN", "lag", "lease", "generation", "notes"
+    )
+    for n in s.nodes:
+        table.add_row(*_row(s, n))
+    console.print(table)
+    for reason in reasons:
+        console.print(f"- {reason}")
+    me = s.myself
+    console.print(f"{me.node} decides: {me.state} [{me.row}] {me.why}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--run-dir", help="The node's run_dir.")
+@click.option("--config", "config_file", help="The node's configuration file.")
+def status(as_json: bool, run_dir: str | None, config_file: str | None) -> None:  # noqa: FBT001 (click)
+    """All nodes. Exit 0 healthy, 1 degraded, 2 no primary, 3 cannot tell."""
+    folder = find_run_dir(run_dir, config_file)
+    try:
+        reply = ask(folder / "agent" / "agent.sock")
+    except (OSError, msgspec.DecodeError) as e:
+        click.echo(f"the agent does not answer ({folder}/agent/agent.sock: {e})", err=True)
+        try:
+            answer = call(str(folder / "fencer.sock"), protocol.StatusRequest(), timeout_s=3.0)
+            text = msgspec.json.format(msgspec.json.encode(answer), indent=2).decode()
+            click.echo(f"its fencer says:\n{text}", err=as_json)
+        except FencerUnavailable as also:
+            click.echo(f"nor does the fencer: {also}", err=True)
+        sys.exit(CANNOT_TELL)
+    code, reasons = health(reply)
+    if as_json:
+        merged = {"exit_code": code, "reasons": reasons, **msgspec.to_builtins(reply)}
+        click.echo(msgspec.json.encode(merged).decode())
+    else:
+        show(reply, code, reasons)
+    sys.exit(code)

@@ -1,0 +1,82 @@
+"""The client's side of the fencer's protocol, for the agent (trio) and for harmonyctl (blocking).
+
+The only file of `harmony` that imports from the fencer. It repeats nothing: one request, one reply.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import trio
+from harmony_fencer import protocol as protocol
+
+from harmony.errors import FencerUnavailable
+
+
+class FencerClient:
+    """One connection. After any failure it is closed and of no more use."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stream: trio.SocketStream | None = None
+
+    async def connect(self) -> None:
+        """Raises FencerUnavailable."""
+        try:
+            with trio.fail_after(2.0):
+                self._stream = await trio.open_unix_socket(self._path)
+        except (OSError, trio.TooSlowError) as e:
+            raise FencerUnavailable(f"{self._path}: {e or 'no answer'}") from e
+
+    async def close(self) -> None:
+        """Close; never raises."""
+        if self._stream is not None:
+            await trio.aclose_forcefully(self._stream)
+            self._stream = None
+
+    async def request(self, request: protocol.Request, *, timeout_s: float) -> protocol.Reply:
+        """Send one request and wait for its reply. Raises FencerUnavailable."""
+        if self._stream is None:
+            raise FencerUnavailable("not connected")
+        try:
+            with trio.fail_after(timeout_s):
+                await self._stream.send_all(protocol.frame(request))
+                header = await self._exactly(protocol.HEADER.size)
+                return protocol.decode_reply(await self._exactly(protocol.frame_length(header)))
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError, protocol.ProtocolError) as e:
+            await self.close()
+            raise FencerUnavailable(
+                f"{type(request).__name__}: {e or f'no answer in {timeout_s:g} s'}"
+            ) from e
+
+    async def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count and self._stream is not None:
+            chunk = await self._stream.receive_some(count - len(data))
+            if not chunk:
+                raise trio.BrokenResourceError("the fencer closed the connection")
+            data += chunk
+        return data
+
+
+def call(path: str, request: protocol.Request, *, timeout_s: float) -> protocol.Reply:
+    """One request on a connection of its own, blocking. Raises FencerUnavailable."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout_s)
+            sock.connect(path)
+            sock.sendall(protocol.frame(request))
+            header = _receive(sock, protocol.HEADER.size)
+            return protocol.decode_reply(_receive(sock, protocol.frame_length(header)))
+    except (OSError, protocol.ProtocolError) as e:
+        raise FencerUnavailable(f"{path}: {e}") from e
+
+
+def _receive(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        chunk = sock.recv(count - len(data))
+        if not chunk:
+            raise ConnectionResetError("the fencer closed the connection")
+        data += chunk
+    return data

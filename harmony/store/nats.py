@@ -1,0 +1,401 @@
+"""The store on NATS JetStream KV: one bucket per cluster, raw JetStream requests, our own connection.
+
+nats-py's own reconnection is off: it would send after a reconnect what was given up before. Here a lost
+connection is thrown away with all its buffers, and a new one is made, for ever (nothing that was given up
+can win later). Every call is one request with one deadline; nothing is cached, nothing is retried.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import re
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+
+import nats
+import nats.errors
+import structlog
+import trio
+import trio_asyncio
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from harmony.errors import SequenceMismatch, StoreMisconfigured, StoreUnavailable
+from harmony.store.interface import Entry, WatchCallback
+
+HISTORY = 64
+CONNECT_TIMEOUT_S = 2.0
+SETUP_TIMEOUT_S = 5.0
+CHECK_CONSUMER_S = 1.0
+MAX_REASON = 300
+_MISMATCH = {10071, 10164}
+_STREAM_MISSING = 10059
+_MESSAGE_MISSING = 10037
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z\Z")
+log = structlog.get_logger("store")
+
+type_json = dict[str, object]
+
+
+class _ApiError(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"JetStream error {code}: {text}")
+        self.code = code
+
+
+def time_ns(text: str) -> int:
+    """RFC 3339 in UTC, as the store writes it, to ns since the epoch. Raises ValueError."""
+    found = _TIME.match(text)
+    if found is None:
+        raise ValueError(f"not a store's time: {text!r}")
+    seconds = datetime.fromisoformat(found.group(1)).replace(tzinfo=UTC).timestamp()
+    return int(seconds) * 1_000_000_000 + int((found.group(2) or "").ljust(9, "0"))
+
+
+class NatsStore:
+    """See harmony.store.interface.Store. Made by `open_nats`."""
+
+    def __init__(self, urls: list[str], cluster_id: str, replicas: int, credentials_file: str | None) -> None:
+        self._urls = urls
+        self._bucket = f"harmony_{cluster_id}"
+        self._stream = f"KV_{self._bucket}"
+        self._replicas = replicas
+        self._credentials = credentials_file
+        self._client: Client | None = None
+        self._epoch = 0
+        self._misconfigured: str | None = None
+        self._existed = False
+        self._why = "not connected yet"
+        self._watchers: dict[int, tuple[WatchCallback, dict[str, int]]] = {}
+        self._serial = 0
+        self._closed = trio.Event()
+        self._rewatch = trio.Event()
+
+    @property
+    def connection_epoch(self) -> int:
+        """Counts connections; 0 before the first."""
+        return self._epoch
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is up and its bucket was found right."""
+        return self._client is not None
+
+    # ------------------------------------------------------------ the connection
+
+    async def run(self) -> None:
+        """Connect, and connect again, for ever."""
+        pause, turn = 0.05, 0
+        while True:
+            url = self._urls[turn % len(self._urls)]
+            turn += 1
+            self._closed = trio.Event()
+            try:
+                with trio.fail_after(CONNECT_TIMEOUT_S + 1):
+                    client = await trio_asyncio.aio_as_trio(self._connect)(url)
+            except (OSError, nats.errors.Error, trio.TooSlowError, TimeoutError) as e:
+                self._tell(f"{url}: {type(e).__name__} {e}".strip())
+                await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+                pause = min(1.0, pause * 2)
+                continue
+            try:
+                if await self._setup(client, url):
+                    pause = 0.05
+                    self._client = client
+                    self._epoch += 1
+                    self._why = ""
+                    log.info("store connected", url=url, bucket=self._bucket)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._watching, client)
+                        await self._closed.wait()
+                        nursery.cancel_scope.cancel()
+                    self._tell(f"{url}: connection lost")
+                else:
+                    await trio.sleep(1.0)
+            finally:
+                self._client = None
+                with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+                    with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
+                        await trio_asyncio.aio_as_trio(client.close)()
+
+    def _tell(self, why: str) -> None:
+        if why != self._why:
+            self._why = why[:MAX_REASON]
+            log.warning("store not connected", why=self._why)
+
+    async def _connect(self, url: str) -> Client:
+        async def closed() -> None:
+            self._closed.set()
+
+        async def error(e: Exception) -> None:
+            log.debug("nats", error=str(e))
+
+        return await nats.connect(
+            url,
+            allow_reconnect=False,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            ping_interval=1,
+            max_outstanding_pings=2,
+            pending_size=0,
+            closed_cb=closed,
+            disconnected_cb=closed,
+            error_cb=error,
+            user_credentials=self._credentials,
+        )
+
+    async def _setup(self, client: Client, url: str) -> bool:
+        """Find the bucket right, or make it (once in this process's life). False: try again later."""
+        try:
+            with trio.fail_after(SETUP_TIMEOUT_S):
+                try:
+                    info = await self._api(client, f"STREAM.INFO.{self._stream}", {})
+                except _ApiError as e:
+                    if e.code != _STREAM_MISSING:
+                        raise
+                    if self._existed:
+                        self._tell(f"no stream {self._stream} any more: its history is lost; not made again")
+                        return False
+                    info = await self._api(client, f"STREAM.CREATE.{self._stream}", self._wanted())
+        except (_ApiError, StoreUnavailable, trio.TooSlowError) as e:
+            self._tell(f"{url}: {e or 'no answer from JetStream'}")
+            return False
+        config = info.get("config")
+        wrong = self._differences(config if isinstance(config, dict) else {})
+        if wrong:
+            self._misconfigured = (
+                f"bucket {self._bucket} is not as Harmony needs it: {'; '.join(wrong)}. "
+                f"Correct the stream {self._stream} (nats stream edit), or use another cluster.id"
+            )
+            self._tell(self._misconfigured)
+            return False
+        self._misconfigured = None
+        self._existed = True
+        return True
+
+    def _wanted(self) -> type_json:
+        return {
+            "name": self._stream,
+            "subjects": [f"$KV.{self._bucket}.>"],
+            "storage": "file",
+            "retention": "limits",
+            "discard": "new",
+            "max_msgs_per_subject": HISTORY,
+            "max_age": 0,
+            "max_msgs": -1,
+            "max_bytes": -1,
+            "num_replicas": self._replicas,
+            "allow_direct": False,
+            "deny_delete": True,
+            "deny_purge": True,
+            "allow_rollup_hdrs": False,
+        }
+
+    def _differences(self, found: type_json) -> list[str]:
+        names = ["subjects", "storage", "max_msgs_per_subject", "max_age", "num_replicas", "allow_direct"]
+        wanted, defaults = self._wanted(), {"max_age": 0, "allow_direct": False}
+        return [
+            f"{name} is {found.get(name, defaults.get(name))}, must be {wanted[name]}"
+            for name in names
+            if found.get(name, defaults.get(name)) != wanted[name]
+        ]
+
+    # ------------------------------------------------------------ requests
+
+    async def _request(
+        self, client: Client, subject: str, payload: bytes, headers: dict[str, str] | None = None
+    ) -> bytes:
+        try:
+            answer = await trio_asyncio.aio_as_trio(client.request)(
+                subject, payload, timeout=60, headers=headers
+            )
+        except (OSError, nats.errors.Error, TimeoutError) as e:
+            raise StoreUnavailable(f"{type(e).__name__} {e}".strip()) from e
+        return bytes(answer.data)
+
+    async def _api(self, client: Client, what: str, body: type_json) -> type_json:
+        raw = await self._request(client, f"$JS.API.{what}", json.dumps(body).encode() if body else b"")
+        return _checked(raw)
+
+    @contextlib.asynccontextmanager
+    async def _call(self, timeout_s: float) -> AsyncIterator[Client]:
+        """A connected client, within a deadline; every failure of the world as a StoreError."""
+        if self._misconfigured is not None:
+            raise StoreMisconfigured(self._misconfigured)
+        if self._client is None:
+            raise StoreUnavailable(self._why or "not connected")
+        client = self._client
+        with trio.move_on_after(timeout_s) as scope:
+            try:
+                yield client
+            except _ApiError as e:
+                if e.code in _MISMATCH:
+                    raise SequenceMismatch(str(e)) from e
+                raise StoreUnavailable(f"no stream: {e}" if e.code == _STREAM_MISSING else str(e)) from e
+        if scope.cancelled_caught:
+            raise StoreUnavailable(f"no answer within {timeout_s:g} s")
+
+    async def get(self, key: str, *, timeout_s: float) -> Entry | None:
+        """The key's newest entry, from the stream's leader; None where there is none."""
+        async with self._call(timeout_s) as client:
+            try:
+                subject = f"$KV.{self._bucket}.{key}"
+                found = await self._api(client, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject})
+            except _ApiError as e:
+                if e.code == _MESSAGE_MISSING:
+                    return None
+                raise
+            return _entry(key, found.get("message"))
+        raise AssertionError("unreachable")
+
+    async def keys(self, prefix: str, *, timeout_s: float) -> list[str]:
+        """Keys that begin with `prefix`, sorted."""
+        async with self._call(timeout_s) as client:
+            body: type_json = {"subjects_filter": f"$KV.{self._bucket}.>"}
+            info = await self._api(client, f"STREAM.INFO.{self._stream}", body)
+            state = info.get("state")
+            subjects = state.get("subjects") if isinstance(state, dict) else None
+            cut = len(f"$KV.{self._bucket}.")
+            names = [str(s)[cut:] for s in subjects] if isinstance(subjects, dict) else []
+            return sorted(n for n in names if n.startswith(prefix))
+        raise AssertionError("unreachable")
+
+    async def create(self, key: str, value: bytes, *, timeout_s: float) -> int:
+        """Write where nothing has ever been written."""
+        return await self.update(key, value, 0, timeout_s=timeout_s)
+
+    async def update(self, key: str, value: bytes, revision: int, *, timeout_s: float) -> int:
+        """Write where the revision is `revision`: JetStream's expected last sequence of the subject."""
+        async with self._call(timeout_s) as client:
+            headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+            raw = await self._request(client, f"$KV.{self._bucket}.{key}", value, headers)
+            sequence = _checked(raw).get("seq")
+            if not isinstance(sequence, int):
+                raise StoreUnavailable(f"an acknowledgement without a sequence: {raw[:200]!r}")
+            return sequence
+        raise AssertionError("unreachable")
+
+    # ------------------------------------------------------------ the watch
+
+    def watch(self, callback: WatchCallback) -> Callable[[], None]:
+        """See the interface. Each (re)subscription begins with every key's newest entry."""
+        self._serial += 1
+        number = self._serial
+        self._watchers[number] = (callback, {})
+        self._rewatch.set()
+
+        def unsubscribe() -> None:
+            self._watchers.pop(number, None)
+
+        return unsubscribe
+
+    async def _watching(self, client: Client) -> None:
+        """Keep one consumer alive on this connection; notice within about a second when it is gone."""
+        while True:
+            self._rewatch = trio.Event()
+            if not self._watchers:
+                await self._rewatch.wait()
+                continue
+            try:
+                await self._one_consumer(client)
+            except (StoreUnavailable, _ApiError, trio.TooSlowError, OSError, nats.errors.Error) as e:
+                log.debug("watch ended; subscribing again", why=str(e))
+                await trio.sleep(0.2)
+
+    async def _one_consumer(self, client: Client) -> None:
+        inbox = client.new_inbox()
+        send, receive = trio.open_memory_channel[Msg](1024)
+
+        async def delivered(message: Msg) -> None:
+            with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                send.send_nowait(message)  # a full queue drops: the watch only wakes
+
+        with trio.fail_after(SETUP_TIMEOUT_S):
+            subscription = await trio_asyncio.aio_as_trio(client.subscribe)(inbox, cb=delivered)
+            info = await self._api(
+                client,
+                f"CONSUMER.CREATE.{self._stream}",
+                {
+                    "stream_name": self._stream,
+                    "config": {
+                        "deliver_subject": inbox,
+                        "deliver_policy": "last_per_subject",
+                        "ack_policy": "none",
+                        "replay_policy": "instant",
+                        "filter_subject": f"$KV.{self._bucket}.>",
+                        "inactive_threshold": 30_000_000_000,
+                        "mem_storage": True,
+                        "num_replicas": 1,
+                    },
+                },
+            )
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._deliver, receive)
+                while not self._rewatch.is_set():
+                    with trio.move_on_after(CHECK_CONSUMER_S):
+                        await self._rewatch.wait()
+                    with trio.fail_after(SETUP_TIMEOUT_S):
+                        await self._api(client, f"CONSUMER.INFO.{self._stream}.{info['name']}", {})
+                nursery.cancel_scope.cancel()
+        except* (_ApiError, StoreUnavailable, trio.TooSlowError) as group:
+            raise StoreUnavailable(f"the watch's consumer is gone: {group.exceptions[0]}") from None
+        finally:
+            send.close()
+            with trio.CancelScope(shield=True), trio.move_on_after(0.3):
+                with contextlib.suppress(OSError, nats.errors.Error):
+                    await trio_asyncio.aio_as_trio(subscription.unsubscribe)()
+
+    async def _deliver(self, receive: trio.MemoryReceiveChannel[Msg]) -> None:
+        cut = len(f"$KV.{self._bucket}.")
+        async for message in receive:
+            tokens = message.reply.split(".")
+            if len(tokens) < 9 or (message.headers or {}).get("KV-Operation"):
+                continue
+            # $JS.ACK.[domain.account.]stream.consumer.delivered.STREAM_SEQ.consumer_seq.TIME.pending[.random]
+            at = 5 if len(tokens) == 9 else 7
+            revision, created = int(tokens[at]), int(tokens[at + 2])
+            entry = Entry(message.subject[cut:], bytes(message.data), revision, created)
+            for callback, seen in list(self._watchers.values()):
+                if revision > seen.get(entry.key, 0):
+                    seen[entry.key] = revision
+                    callback(entry)
+
+
+def _checked(raw: bytes) -> type_json:
+    try:
+        answer = json.loads(raw)
+    except ValueError as e:
+        raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}") from e
+    if not isinstance(answer, dict):
+        raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}")
+    error = answer.get("error")
+    if isinstance(error, dict):
+        raise _ApiError(int(error.get("err_code", error.get("code", 0))), str(error.get("description", "")))
+    return answer
+
+
+def _entry(key: str, message: object) -> Entry | None:
+    if not isinstance(message, dict):
+        raise StoreUnavailable("JetStream answered without a message")
+    headers = base64.b64decode(str(message.get("hdrs", "")))
+    if b"KV-Operation:" in headers:
+        return None
+    value = base64.b64decode(str(message.get("data", "")))
+    return Entry(key, value, int(str(message["seq"])), time_ns(str(message["time"])))
+
+
+@contextlib.asynccontextmanager
+async def open_nats(
+    urls: list[str], cluster_id: str, replicas: int, credentials_file: str | None
+) -> AsyncIterator[NatsStore]:
+    """A NatsStore that connects in the background; it opens also while the server is down."""
+    async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
+        store = NatsStore(urls, cluster_id, replicas, credentials_file)
+        nursery.start_soon(store.run)
+        try:
+            yield store
+        finally:
+            nursery.cancel_scope.cancel()

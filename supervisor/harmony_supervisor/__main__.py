@@ -1,0 +1,5 @@
+"""`python -I -m harmony_supervisor`: the supervisor."""
+
+from harmony_supervisor.main import main
+
+main()

@@ -1,0 +1,204 @@
+"""One supervised child: started, pinged, killed when it hangs, started again with back-off.
+
+It knows nothing of what the child does. Death is seen through a pidfd, liveness by pongs on a socketpair.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+import trio
+
+EXIT_CONFIG = 78
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MOST_S = 5.0
+STEADY_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+log = structlog.get_logger("supervisor")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to start and how. `die_with_us`: the kernel kills it when the supervisor dies."""
+
+    name: str
+    argv: Sequence[str]
+    uid: int | None = None
+    gid: int | None = None
+    groups: tuple[int, ...] = ()
+    die_with_us: bool = False
+    ready_timeout_s: float = 30.0
+
+
+@dataclass
+class Child:
+    """`run()` keeps it alive until `stop()`; `on_change` is called when readiness or status changes."""
+
+    spec: Spec
+    ping_interval_s: float
+    ping_timeout_s: float
+    on_change: Callable[[], None]
+    ready: bool = False
+    status: str = "starting"
+    deaths: list[float] = field(default_factory=list)
+    last_pong: float = 0.0
+    exit_code: int | None = None
+    _process: subprocess.Popen[bytes] | None = None
+    _stopping: bool = False
+    _became_ready: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def answering(self) -> bool:
+        """Ready, and it has answered a ping within the timeout."""
+        return self.ready and time.monotonic() - self.last_pong < self.ping_timeout_s
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def wait_ready(self) -> None:
+        await self._became_ready.wait()
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair()
+        environment = {k: os.environ[k] for k in ("PATH", "LANG", "LC_ALL", "TZ") if k in os.environ}
+        die_with_us = self.spec.die_with_us
+        mine = os.getpid()
+
+        def before_exec() -> None:
+            # Popen is called from the main thread, which lives as long as we do: the death signal is
+            # sent when the thread that forked ends. libc's handle was made before the fork.
+            if die_with_us:
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != mine:
+                    os._exit(1)
+
+        try:
+            process = subprocess.Popen(
+                [*self.spec.argv, "--supervisor-fd", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                cwd="/",
+                user=self.spec.uid,
+                group=self.spec.gid,
+                extra_groups=list(self.spec.groups) if self.spec.uid is not None else None,
+                start_new_session=True,
+                preexec_fn=before_exec,  # noqa: PLW1509 (one thread, one prctl)
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return process, ours
+
+    async def run(self) -> int:
+        """Until stopped (0), or the child says that a restart will not help (78)."""
+        backoff = 0.0
+        while not self._stopping:
+            began = time.monotonic()
+            self.ready, self.status = False, "starting"
+            self.on_change()
+            process, sock = self._start()
+            self._process = process
+            log.info("started", child=self.spec.name, pid=process.pid)
+            code = await self._tend(process, sock)
+            self._process, self.ready, self.exit_code = None, False, code
+            self.on_change()
+            if self._stopping:
+                break
+            lived = time.monotonic() - began
+            log.error("child died", child=self.spec.name, exit_code=code, lived_s=round(lived, 2))
+            if code == EXIT_CONFIG:
+                return EXIT_CONFIG
+            self.deaths = [t for t in self.deaths if t > time.monotonic() - STEADY_S] + [time.monotonic()]
+            if lived > STEADY_S:
+                backoff = 0.0
+            if backoff:
+                await trio.sleep(backoff)
+            backoff = min(BACKOFF_MOST_S, max(BACKOFF_FIRST_S, backoff * 2)) if lived < 10 else 0.0
+        return 0
+
+    async def _tend(self, process: subprocess.Popen[bytes], sock: socket.socket) -> int:
+        """Until the process has ended; its exit code."""
+        fd = os.pidfd_open(process.pid)
+        try:
+            async with trio.open_nursery() as nursery:
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+                nursery.start_soon(self._listen, stream)
+                nursery.start_soon(self._ping, stream, process)
+                await trio.lowlevel.wait_readable(fd)
+                nursery.cancel_scope.cancel()
+        finally:
+            os.close(fd)
+            sock.close()
+        return process.wait()
+
+    async def _listen(self, stream: trio.SocketStream) -> None:
+        buffer = b""
+        try:
+            async for chunk in stream:
+                *lines, buffer = (buffer + chunk)[-4096:].split(b"\n")
+                for line in lines:
+                    self._heard(line[:256].decode("ascii", "replace"))
+        except trio.BrokenResourceError:
+            return
+
+    def _heard(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        self.last_pong = time.monotonic()
+        if word == "ready":
+            self.ready = True
+            self._became_ready.set()
+            log.info("ready", child=self.spec.name, pid=self.pid)
+        elif word == "status":
+            self.status = rest
+        self.on_change()
+
+    async def _ping(self, stream: trio.SocketStream, process: subprocess.Popen[bytes]) -> None:
+        number, began = 0, time.monotonic()
+        while True:
+            number += 1
+            try:
+                with trio.move_on_after(self.ping_interval_s):
+                    await stream.send_all(b"ping %d\n" % number)
+            except trio.BrokenResourceError:
+                pass  # its death is seen through the pidfd
+            await trio.sleep(self.ping_interval_s)
+            now = time.monotonic()
+            late = (
+                now - self.last_pong > self.ping_timeout_s
+                if self.ready
+                else now - began > self.spec.ready_timeout_s
+            )
+            if late:
+                what = "no answer to pings" if self.ready else "not ready in time"
+                log.error("killing a child that hangs", child=self.spec.name, pid=process.pid, why=what)
+                process.kill()
+                return
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM, and SIGKILL after `timeout_s`; returns when it has ended."""
+        self._stopping = True
+        process = self._process
+        if process is None:
+            return
+        process.terminate()
+        with trio.move_on_after(timeout_s):
+            while self._process is process:
+                await trio.sleep(0.02)
+        if self._process is process:
+            log.error("did not stop in time; killing", child=self.spec.name, pid=process.pid)
+            process.kill()
+            while self._process is process:
+                await trio.sleep(0.02)

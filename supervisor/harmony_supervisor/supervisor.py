@@ -1,0 +1,142 @@
+"""The supervisor: fencer first, agent second, both kept alive; systemd told; the emergency fence last.
+
+It decides nothing about the database. When the fencer cannot be kept up it runs the fencer's one-shot.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from harmony_supervisor.child import EXIT_CONFIG, Child, Spec
+from harmony_supervisor.notify import Notifier
+
+FENCER_DEATHS = 5
+log = structlog.get_logger("supervisor")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times in seconds."""
+
+    node: str
+    ping_interval_s: float
+    ping_timeout_s: float
+    fence_timeout_s: float
+
+
+class Supervisor:
+    """`run()` returns the exit code."""
+
+    def __init__(
+        self, settings: Settings, fencer: Spec, agent: Spec, emergency: Sequence[str], notifier: Notifier
+    ) -> None:
+        self._s = settings
+        self._emergency = emergency
+        self._notifier = notifier
+        self._told = ""
+        self._was_ready = False
+        self.fencer = self._child(fencer)
+        self.agent = self._child(agent)
+        self._code = 0
+        self._over = trio.Event()
+        self._stopping = False
+
+    def _child(self, spec: Spec) -> Child:
+        return Child(spec, self._s.ping_interval_s, self._s.ping_timeout_s, self._changed)
+
+    def _changed(self) -> None:
+        if not self._was_ready and self.fencer.ready and self.agent.ready:
+            self._was_ready = True
+            self._notifier.send("READY=1")
+            log.info("both children are ready", node=self._s.node)
+        text = f"{self._s.node}: agent {self.agent.status}; fencer {self.fencer.status}"
+        if text != self._told:
+            self._told = text
+            self._notifier.send("STATUS=" + text)
+
+    async def run(self) -> int:
+        """Until a signal, or until going on would be wrong."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._signals)
+            nursery.start_soon(self._watchdog)
+            nursery.start_soon(self._keep, self.fencer)
+            nursery.start_soon(self._emergencies)
+            nursery.start_soon(self._agent_after_fencer)
+            try:
+                await self._over.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop()
+            nursery.cancel_scope.cancel()
+        return self._code
+
+    async def _agent_after_fencer(self) -> None:
+        await self.fencer.wait_ready()
+        await self._keep(self.agent)
+
+    async def _keep(self, child: Child) -> None:
+        if await child.run() == EXIT_CONFIG:
+            log.critical("a restart will not help; stopping everything", child=child.spec.name)
+            self._end(EXIT_CONFIG)
+
+    def _end(self, code: int) -> None:
+        if not self._over.is_set():
+            self._code = code
+            self._over.set()
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        log.info("stopping: the agent, then the fencer")
+        self._notifier.send("STOPPING=1")
+        await self.agent.stop(self._s.fence_timeout_s + 3)
+        await self.fencer.stop(self._s.fence_timeout_s + 5)
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    log.warning("the configuration is read at start only: restart to change it")
+                    continue
+                log.info("asked to stop", signal=signal.Signals(number).name)
+                self._end(0)
+
+    async def _watchdog(self) -> None:
+        """Pet systemd's watchdog only while both children answer (or are not both up yet)."""
+        if self._notifier.watchdog_s is None:
+            return
+        while True:
+            if not self._was_ready or (self.fencer.answering and self.agent.answering):
+                self._notifier.send("WATCHDOG=1")
+            await trio.sleep(self._notifier.watchdog_s / 3)
+
+    async def _emergencies(self) -> None:
+        """A fencer that cannot be kept up: fence by the one-shot; only when proven, give up (systemd restarts)."""
+        while True:
+            await trio.sleep(0.1)
+            if self._stopping or len(self.fencer.deaths) < FENCER_DEATHS:
+                continue
+            log.critical("the fencer cannot be kept up: emergency fence")
+            if await self._fence_once():
+                self._end(1)
+                return
+            log.critical("the emergency fence is NOT proven; trying again, the agent holds others off")
+            await trio.sleep(1.0)
+
+    async def _fence_once(self) -> bool:
+        budget = self._s.fence_timeout_s + 5
+        with trio.move_on_after(budget):
+            done = await trio.run_process(
+                [*self._emergency, "the fencer cannot be kept up"],
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_stdout=True,
+            )
+            log.warning("emergency fence", exit_code=done.returncode, outcome=done.stdout.decode()[-500:])
+            return done.returncode == 0
+        return False
