@@ -1,0 +1,43 @@
+"""A real PostgreSQL data directory, initialised once and copied for each test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harmony.demo.parts import find_parts, run_as
+from tests.fencer.node import Node, Template
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Template]:
+    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top.chmod(0o755)
+    scratch = top / "scratch"
+    scratch.mkdir(mode=0o755)
+    parts = find_parts(scratch)
+    postgres, user = parts.postgres, parts.users.postgres
+    data = top / "template"
+    data.mkdir(mode=0o700)
+    if user is not None:
+        shutil.chown(data, user)
+    argv = [f"{postgres.bin_dir}/initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync"]
+    run_as(user, argv, postgres.library_dir, 60)
+    with (data / "postgresql.conf").open("a") as f:
+        f.write("fsync = off\nshared_buffers = 16MB\nmax_connections = 20\n")
+    yield Template(data, postgres, user)
+    shutil.rmtree(top)
+
+
+@pytest.fixture
+def node(template: Template) -> Iterator[Node]:
+    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top.chmod(0o755)
+    made = Node(top, template)
+    yield made
+    made.destroy()
+    shutil.rmtree(top)

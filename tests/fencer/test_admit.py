@@ -1,0 +1,136 @@
+"""Admission: each row of the order table, pure (DESIGN section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
+from harmony_fencer.protocol import (
+    Activate,
+    Fence,
+    Follow,
+    Generation,
+    Hello,
+    OperatorFence,
+    OrderRecord,
+    Refusal,
+    Renew,
+    Request,
+    StatusRequest,
+    SyncRule,
+    Unfence,
+)
+
+NOW = 1_000
+FACTS = Facts("n1", frozenset({"n1", "n2"}), True, False, False, Generation(3, 4), None, None, 0)
+ACTIVE = replace(FACTS, active=Generation(3, 4), lease_deadline_ns=NOW + 50)
+RULE = SyncRule(0, ())
+
+
+def activate(term: int, order: int, deadline: int = NOW + 10) -> Activate:
+    return Activate(generation=Generation(term, order), deadline_boottime_ns=deadline, sync=RULE)
+
+
+def error(facts: Facts, request: Request, peer: Peer = "agent") -> str:
+    verdict = admit(facts, request, peer, NOW)
+    assert isinstance(verdict, Refusal), verdict
+    return verdict.error
+
+
+@pytest.mark.parametrize("generation", [(3, 4), (3, 3), (2, 99), (0, 0)])
+def test_lower_or_equal_generations_are_stale(generation: tuple[int, int]) -> None:
+    """I3, D7: every order needs a generation greater than the highest accepted."""
+    g = Generation(*generation)
+    for request in (
+        activate(*generation),
+        Fence(generation=g, reason=""),
+        Follow(generation=g, primary="n2"),
+    ):
+        assert error(FACTS, request) == "stale_generation"
+
+
+@pytest.mark.parametrize("generation", [(3, 5), (4, 0)])
+def test_greater_generations_are_accepted(generation: tuple[int, int]) -> None:
+    g = Generation(*generation)
+    assert admit(FACTS, activate(*generation), "agent", NOW) == NewOrder("activate", g)
+    assert admit(FACTS, Follow(generation=g, primary="n2"), "agent", NOW) == NewOrder("follow", g, "n2")
+    assert admit(FACTS, Follow(generation=g, primary=None), "agent", NOW) == NewOrder("follow", g)
+
+
+def test_the_same_order_again_gets_its_outcome_another_is_refused() -> None:
+    record = OrderRecord(Generation(3, 4), "fence", None, "done")
+    facts = replace(FACTS, newest=record)
+    assert admit(facts, Fence(generation=Generation(3, 4), reason=""), "agent", NOW) == Repeat(record)
+    assert error(facts, activate(3, 4)) == "conflicting_order"
+
+
+def test_activate_needs_a_deadline_in_the_future() -> None:
+    """I1, W9."""
+    assert error(FACTS, activate(3, 5, NOW)) == "lease_expired"
+    assert error(FACTS, activate(3, 5, NOW - 1)) == "lease_expired"
+
+
+def test_a_latched_or_untrusted_node_is_neither_activated_nor_follows_but_is_fenced() -> None:
+    for facts, name in (
+        (replace(FACTS, latched=True), "latched"),
+        (replace(FACTS, trusted=False), "untrusted_state"),
+    ):
+        g = Generation(3, 5)
+        assert error(facts, activate(3, 5)) == name
+        assert error(facts, Follow(generation=g, primary="n2")) == name
+        assert isinstance(admit(facts, Fence(generation=g, reason=""), "agent", NOW), NewOrder)
+
+
+def test_follow_names_another_member() -> None:
+    for primary in ("n1", "n9"):
+        assert error(FACTS, Follow(generation=Generation(3, 5), primary=primary)) == "bad_message"
+
+
+def test_renew() -> None:
+    """W9: of the active generation only, never after the deadline, never shorter."""
+    g = Generation(3, 4)
+    assert admit(ACTIVE, Renew(generation=g, deadline_boottime_ns=NOW + 90), "agent", NOW) == Extend(NOW + 90)
+    assert admit(ACTIVE, Renew(generation=g, deadline_boottime_ns=NOW + 9), "agent", NOW) == Extend(NOW + 50)
+    assert error(ACTIVE, Renew(generation=Generation(3, 5), deadline_boottime_ns=NOW + 90)) == "not_active"
+    assert error(ACTIVE, Renew(generation=Generation(3, 3), deadline_boottime_ns=NOW + 90)) == "not_active"
+    assert error(ACTIVE, Renew(generation=g, deadline_boottime_ns=NOW - 1)) == "lease_expired"
+    expired = replace(ACTIVE, lease_deadline_ns=NOW)
+    assert error(expired, Renew(generation=g, deadline_boottime_ns=NOW + 90)) == "not_active"
+    assert error(FACTS, Renew(generation=g, deadline_boottime_ns=NOW + 90)) == "not_active"
+
+
+EVERY: list[Request] = [
+    Hello(client="x"),
+    StatusRequest(),
+    activate(9, 9),
+    Fence(generation=Generation(9, 9), reason=""),
+    Follow(generation=Generation(9, 9), primary="n2"),
+    Renew(generation=Generation(3, 4), deadline_boottime_ns=NOW + 60),
+    OperatorFence(reason="", who=""),
+    Unfence(who=""),
+]
+
+
+@pytest.mark.parametrize("request_", EVERY, ids=lambda r: type(r).__name__)
+def test_who_may(request_: Request) -> None:
+    """Strangers nothing, the agent no operator's orders, root everything."""
+    facts = replace(ACTIVE, latched=isinstance(request_, Unfence))
+    assert error(facts, request_, "other") == "not_permitted"
+    operators = isinstance(request_, (OperatorFence, Unfence))
+    verdict = admit(facts, request_, "agent", NOW)
+    assert isinstance(verdict, Refusal) == operators
+    assert not isinstance(admit(facts, request_, "root", NOW), Refusal)
+
+
+def test_the_operators_fence_is_numbered_above_all() -> None:
+    verdict = admit(replace(FACTS, latched=True), OperatorFence(reason="", who=""), "root", NOW)
+    assert verdict == NewOrder("operator_fence", Generation(3, 5))
+
+
+def test_an_orphan_takes_no_orders() -> None:
+    facts = replace(ACTIVE, retiring=True)
+    for request in (activate(9, 9), Renew(generation=Generation(3, 4), deadline_boottime_ns=NOW + 60)):
+        assert error(facts, request) == "retiring"
+    assert isinstance(admit(facts, StatusRequest(), "agent", NOW), Permit)
+    assert error(FACTS, Unfence(who=""), "root") == "not_latched"
