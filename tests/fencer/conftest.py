@@ -28,7 +28,7 @@ def template() -> Iterator[Template]:
     argv = [f"{postgres.bin_dir}/initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync"]
     run_as(user, argv, postgres.library_dir, 60)
     with (data / "postgresql.conf").open("a") as f:
-        f.write("fsync = off\nshared_buffers = 16MB\nmax_connections = 20\n")
+        f.write("fsync = off\nshared_buffers = 16MB\n")
     yield Template(data, postgres, user)
     shutil.rmtree(top)
 
