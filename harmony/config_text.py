@@ -138,7 +138,7 @@ def example() -> str:
         lines.append(f"# {p.meaning} ({p.cost})")
         name = f"{p.section}.{p.key}"
         value = _FILL.get(name, p.default)
-        text = tomli_w.dumps({p.key: value}).strip() if value is not None else f"{p.key} = ..."
+        text = " ".join(tomli_w.dumps({p.key: value}).split()) if value is not None else f"{p.key} = ..."
         lines += [text if p.required or name in _FILL else f"# {text}".replace("\n", "\n# "), ""]
     return "\n".join(lines)
 

