@@ -32,7 +32,7 @@ check: $(STAMP)
 
 # Render the documents and scenario texts that tests hold equal to the code.
 rewrite: $(STAMP)
-	$(BIN)/python -m pytest -q tests/test_docs.py tests/core --rewrite
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/config tests/sim/test_scenarios.py --rewrite
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -8,9 +8,9 @@ from __future__ import annotations
 import socket
 
 import trio
-from harmony_fencer import protocol as protocol
 
 from harmony.errors import FencerUnavailable
+from harmony_fencer import protocol
 
 
 class FencerClient:
@@ -80,3 +80,6 @@ def _receive(sock: socket.socket, count: int) -> bytes:
             raise ConnectionResetError("the fencer closed the connection")
         data += chunk
     return data
+
+
+__all__ = ["FencerClient", "call", "protocol"]

@@ -55,11 +55,11 @@ class Ladder:
         left = self._pg.pids()
         took_ms = (boot_ns() - self._started) / 1e6
         if left:
-            return Outcome(False, f"{note}processes live on: {left}", tuple(self._rungs), took_ms)  # noqa: FBT003
+            return Outcome(False, f"{note}processes live on: {left}", tuple(self._rungs), took_ms)
         if not proven:
             detail = f"{note}no process is left, but something listens on port {self._c.port}"
-            return Outcome(False, detail, tuple(self._rungs), took_ms)  # noqa: FBT003
-        return Outcome(True, note, tuple(self._rungs), took_ms)  # noqa: FBT003
+            return Outcome(False, detail, tuple(self._rungs), took_ms)
+        return Outcome(True, note, tuple(self._rungs), took_ms)
 
     async def _mark(self) -> str:
         """A full, broken or hung disk must not keep us from stopping PostgreSQL: what went wrong, or ""."""

@@ -171,9 +171,9 @@ class Postgres:
         if self._c.library_dir:
             environment["LD_LIBRARY_PATH"] = self._c.library_dir
         uid, gid = self._c.postgres_ids
-        user, group, extra = (uid, gid, []) if os.geteuid() == 0 else (None, None, None)
-        if os.geteuid() == 0 and self._c.postgres_user is not None:
-            extra = os.getgrouplist(self._c.postgres_user, gid)
+        root = os.geteuid() == 0
+        name = self._c.postgres_user
+        extra = os.getgrouplist(name, gid) if root and name is not None else ([] if root else None)
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
         with tempfile.TemporaryFile() as sink:
             try:
@@ -187,8 +187,8 @@ class Postgres:
                         cwd="/",
                         check=False,
                         start_new_session=True,
-                        user=user,
-                        group=group,
+                        user=uid if root else None,
+                        group=gid if root else None,
                         extra_groups=extra,
                     )
             except trio.TooSlowError as e:

@@ -198,7 +198,7 @@ def main() -> None:
     try:
         trio.run(run, config, options.supervisor_fd, strict_exception_groups=True)
     except* FatalError as group:
-        for e in group.exceptions:
-            log.critical("cannot go on; a restart will not help", why=str(e))
+        for fatal in group.exceptions:
+            log.critical("cannot go on; a restart will not help", why=str(fatal))
         os._exit(EXIT_CONFIG)
     os._exit(0)  # a probe's thread may hang in a frozen PostgreSQL: do not wait for it

@@ -134,7 +134,7 @@ class Shell:
             self._wake = trio.Event()
             if self._store.connection_epoch != self._epoch:
                 self._epoch = self._store.connection_epoch
-                self.post(Connected(self._epoch))
+                self.post(Connected())
             events, self._events = self._events, []
             self._view, commands = step(self._view, events, self._me, self._timing, boot_ns())
             for command in commands:

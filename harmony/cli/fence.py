@@ -34,11 +34,7 @@ def _others_can_take_over(folder: Path) -> tuple[bool, str]:
     ready = [
         n.name
         for n in reply.nodes
-        if n.name != me
-        and n.alive
-        and n.member is not None
-        and n.member.db != "unknown"
-        and n.member.db != "down"
+        if n.name != me and n.alive and n.member is not None and n.member.db not in {"unknown", "down"}
     ]
     leads = reply.cluster is not None and reply.cluster.primary == me
     role = "the PRIMARY" if leads else "a standby"
@@ -51,7 +47,7 @@ def _others_can_take_over(folder: Path) -> tuple[bool, str]:
 @click.option("--reason", default="by hand", help="Kept with the latch.")
 @click.option("--run-dir", help="The node's run_dir.")
 @click.option("--config", "config_file", help="The node's configuration file.")
-def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file: str | None) -> None:  # noqa: FBT001
+def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file: str | None) -> None:
     """Stop PostgreSQL on this node, prove it gone, and keep it so until `unfence`. Exit 0 only when proven."""
     folder = find_run_dir(run_dir, config_file)
     if not force:

@@ -101,7 +101,10 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     c = s.cluster
     word = ["healthy", "degraded", "NO PRIMARY", "cannot tell"][code]
-    console.print(f"cluster {s.cluster_id}: {word}" + (f", term {c.term}, primary {c.primary}" if c else ""))
+    age = f", heartbeat {s.cluster_age_s:.1f} s ago" if s.cluster_age_s is not None else ""
+    console.print(
+        f"cluster {s.cluster_id}: {word}" + (f", term {c.term}, primary {c.primary}{age}" if c else "")
+    )
     if c is not None and c.sync_count:
         console.print(f"synchronous: any {c.sync_count} of {', '.join(c.sync_voters)}")
     elif c is not None:
@@ -116,13 +119,19 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
         console.print(f"- {reason}")
     me = s.myself
     console.print(f"{me.node} decides: {me.state} [{me.row}] {me.why}")
+    if me.failures:
+        console.print(f"{me.failures} heartbeats in a row have failed here")
+    if me.latched:
+        console.print(f"latched: {me.latched}")
+    if not me.fencer_ok or me.fencer_detail:
+        console.print(f"fencer of {me.node}: {me.fencer_detail}")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--run-dir", help="The node's run_dir.")
 @click.option("--config", "config_file", help="The node's configuration file.")
-def status(as_json: bool, run_dir: str | None, config_file: str | None) -> None:  # noqa: FBT001 (click)
+def status(as_json: bool, run_dir: str | None, config_file: str | None) -> None:
     """All nodes. Exit 0 healthy, 1 degraded, 2 no primary, 3 cannot tell."""
     folder = find_run_dir(run_dir, config_file)
     try:

@@ -46,8 +46,6 @@ class FencerView:
 class Connected:
     """The store's connection is a new one."""
 
-    epoch: int
-
 
 @dataclass(frozen=True, slots=True)
 class ClusterSeen:

@@ -44,7 +44,6 @@ LEADING = frozenset(
 FENCE_PAUSE_NS = 200_000_000
 ORDER_PAUSE_NS = 1_000_000_000
 ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after this is sent anew
-FENCER_FRESH_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,6 @@ class View(msgspec.Struct, frozen=True):
     failed_why: str = ""
     # the world on this host
     fencer: FencerView | None = None
-    fencer_ns: int = 0
     fencer_silent: str = "not asked yet"
     db: DbSeen | None = None
     db_ns: int = 0
@@ -171,7 +169,7 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSilent():
             return v
         case FencerSeen(view=f):
-            v = replace(v, fencer=f, fencer_ns=now_ns, fencer_silent="")
+            v = replace(v, fencer=f, fencer_silent="")
             if not f.postgres_up:
                 # Down while its lease is in force: it died by itself, nobody fenced it.
                 died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven

@@ -373,7 +373,9 @@ def _checked(raw: bytes) -> type_json:
         raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}")
     error = answer.get("error")
     if isinstance(error, dict):
-        raise _ApiError(int(error.get("err_code", error.get("code", 0))), str(error.get("description", "")))
+        raise _ApiError(
+            int(str(error.get("err_code", error.get("code", 0)))), str(error.get("description", ""))
+        )
     return answer
 
 

@@ -51,7 +51,6 @@ class Child:
     status: str = "starting"
     deaths: list[float] = field(default_factory=list)
     last_pong: float = 0.0
-    exit_code: int | None = None
     _process: subprocess.Popen[bytes] | None = None
     _stopping: bool = False
     _became_ready: trio.Event = field(default_factory=trio.Event)
@@ -113,7 +112,7 @@ class Child:
             self._process = process
             log.info("started", child=self.spec.name, pid=process.pid)
             code = await self._tend(process, sock)
-            self._process, self.ready, self.exit_code = None, False, code
+            self._process, self.ready = None, False
             self.on_change()
             if self._stopping:
                 break

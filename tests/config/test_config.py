@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner
-from harmony_fencer.config import FencerConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from harmony.config import Config, load, resolve
 from harmony.config_text import example, markdown
 from harmony.core.timing import Timing
 from harmony.errors import ConfigError
+from harmony_fencer.config import FencerConfig
 
 GOOD = """
 [cluster]
@@ -165,7 +165,8 @@ def test_resolve(tmp_path: Path) -> None:
     programs.mkdir()
     for name in ("postgres", "pg_ctl", "pg_controldata"):
         (programs / name).touch()
-    text = GOOD.replace("/tmp/nowhere", str(data)) + f'bin_dir = "{programs}"\nuser = "{data.owner()}"\n'
+    text = GOOD.replace("/tmp/nowhere", str(data))  # noqa: S108
+    text += f'bin_dir = "{programs}"\nuser = "{data.owner()}"\n'
     resolved = resolve(load(write(tmp_path, text), {}))
     fencer = msgspec.json.decode(msgspec.json.encode(resolved["fencer"]), type=FencerConfig)
     assert (fencer.lease_s, fencer.port) == (11.0, 5432)

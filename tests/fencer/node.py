@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
-from harmony_fencer import processes, protocol
 
 from harmony.demo.parts import Postgres, run_as
 from harmony.fencer_client import call
+from harmony_fencer import processes, protocol
 
 LEASE_S, FENCE_S = 2.0, 1.0
 

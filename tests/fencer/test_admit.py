@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
 from harmony_fencer.protocol import (
     Activate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.protocol import (

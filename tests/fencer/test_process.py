@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
+
 from harmony_fencer import processes, protocol
 from harmony_fencer.protocol import Generation
-
 from tests.fencer.node import FENCE_S, LEASE_S, Node
 
 pytestmark = pytest.mark.real

@@ -93,7 +93,6 @@ class Host:
     up: bool = True
     frozen: bool = False
     cut: bool = False  # from the store
-    epoch: int = 1
     life: int = 0
 
 
@@ -525,14 +524,12 @@ class World:
 
     def uncut(self, h: Host) -> None:
         h.cut = False
-        h.epoch += 1
-        h.events.append(Connected(h.epoch))
+        h.events.append(Connected())
 
     def store_back(self) -> None:
         self.store_up = True
         for h in self.hosts.values():
-            h.epoch += 1
-            h.events.append(Connected(h.epoch))
+            h.events.append(Connected())
 
     def restart_agent(self, h: Host) -> None:
         h.life += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+
 from harmony_supervisor.child import Spec
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
@@ -86,7 +87,6 @@ class Run:
 
     async def run_until(self, condition: Callable[[], bool], then: Callable[[], None] | None = None) -> int:
         """Run; once `condition` holds, stop it as systemd would."""
-        code = -1
 
         async def watch(scope: trio.CancelScope) -> None:
             with trio.fail_after(20):
@@ -99,8 +99,8 @@ class Run:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch, nursery.cancel_scope)
-            code = await self.supervisor.run()
-        return code
+            return await self.supervisor.run()
+        raise AssertionError("unreachable")
 
     def ready(self) -> bool:
         return self.supervisor.fencer.ready and self.supervisor.agent.ready
