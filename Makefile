@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check clean rewrite
+.PHONY: demo test test-fast check bench sim clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -29,6 +29,16 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The README's figures: each scenario RUNS times (about 9 minutes for 5).
+RUNS ?= 5
+bench: $(STAMP)
+	$(BIN)/python bench/demo.py --runs $(RUNS) --preset $(PRESET)
+
+# More seeds of the simulation than `make test` has: make sim SEEDS=20000
+SEEDS ?= 10000
+sim: $(STAMP)
+	SEEDS=$(SEEDS) $(BIN)/python -m pytest -n 2 tests/sim
 
 # Render the documents and scenario texts that tests hold equal to the code.
 rewrite: $(STAMP)

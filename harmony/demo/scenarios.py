@@ -93,6 +93,8 @@ def judge(scenario: Scenario, preset: str, found: Measured) -> Result:
     timing = PRESETS[preset]
     bound = timing.lease_s + timing.fence_timeout_s
     why = list(found.problems)
+    if found.acknowledged == 0:
+        why.append("no write was acknowledged at all: these figures prove nothing")
     if found.new is None:
         why.append("no write was acknowledged after the fault: nobody took over")
     elif scenario is Scenario.STORE_DOWN and found.new != found.old:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.sim.world import Rules, Violation, World
 
-SEEDS = int(os.environ.get("SEEDS", "1600"))
+SEEDS = int(os.environ.get("SEEDS", "1200"))
 CHUNKS = 16
 
 
