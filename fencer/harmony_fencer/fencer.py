@@ -47,6 +47,7 @@ from harmony_fencer.protocol import (
 
 ASYNC_RULE = SyncRule(0, ())
 WATCH_S = 0.05
+STRAY_S = 0.2
 log = structlog.get_logger("fencer")
 
 
@@ -75,6 +76,9 @@ class Fencer:
         self._scope: trio.CancelScope | None = None
         self._ended: trio.Event | None = None
         self._nursery: trio.Nursery | None = None
+        # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
+        # died, may still complete: standby.signal alone does not prove that nothing can write.
+        self._may_write = self._order is not None and self._order.op == "activate"
         self._rearm = trio.Event()
         self.status_line = "starting"
 
@@ -102,7 +106,9 @@ class Fencer:
         elif self._untrusted:
             log.error("untrusted state", why=self._untrusted)
             await self._fence_by_itself("the state file cannot be trusted: " + self._untrusted[:200])
-        elif self._pg.pids() and (writable or not self._running or await self._in_production()):
+        elif self._pg.pids() and (
+            writable or self._may_write or not self._running or await self._in_production()
+        ):
             await self._fence_by_itself("at start: PostgreSQL could write and there is no valid lease")
         elif not self._running:
             self._pg.mark_standby()
@@ -318,6 +324,7 @@ class Fencer:
 
     def _note(self, outcome: Outcome) -> None:
         self._fence_proven = outcome.proven
+        self._may_write = self._may_write and not outcome.proven
         self._running = self._pg.postmaster() is not None
 
     async def _configure(self, primary: str | None, sync: SyncRule) -> None:
@@ -327,6 +334,7 @@ class Fencer:
     async def _activate(self, record: OrderRecord, request: Activate) -> None:
         began = boot_ns()
         try:
+            self._may_write = True
             if self._pg.postmaster() is not None and not self._pg.is_standby():
                 # Writable already, under the lease before this one: nothing else could have left it so.
                 await self._configure(None, request.sync)
@@ -354,7 +362,7 @@ class Fencer:
         began = boot_ns()
         try:
             running = self._pg.postmaster() is not None
-            if self._pg.pids() and (not running or not self._pg.is_standby()):
+            if self._pg.pids() and (self._may_write or not running or not self._pg.is_standby()):
                 outcome = await Ladder(self._c, self._pg).run()
                 self._note(outcome)
                 if not outcome.proven:
@@ -432,8 +440,11 @@ class Fencer:
                 continue
             try:
                 while self._pg.postmaster() == pid and not has_ended(fd):
-                    with trio.move_on_after(1.0):
+                    with trio.move_on_after(STRAY_S):
                         await trio.lowlevel.wait_readable(fd)
+                    if self._active is None and self._scope is None and not self._pg.is_standby():
+                        # Promoted or started by somebody else: it writes, and no lease covers it.
+                        await self._fence_by_itself("PostgreSQL is writable without a lease")
             finally:
                 os.close(fd)
             self._running = False

@@ -321,6 +321,8 @@ def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
             return "failed", f.order_detail or f.order_state
         if f.order_state == "done" and o.op == "activate" and f.active != o.generation:
             return "failed", "its lease ran out"
+        if f.order_state == "done" and o.op == "activate" and not f.postgres_up:
+            return "failed", "PostgreSQL died right after it"
         return ("done" if f.order_state == "done" else "running"), ""
     if f is not None and f.highest > o.generation:
         return "failed", "superseded by a newer order"

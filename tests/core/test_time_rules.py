@@ -162,3 +162,40 @@ def test_the_inequality_names_every_number() -> None:
     assert text is not None
     for number in ("4", "2.6", "0.5", "0.7", "3", "1.1", "0.3"):
         assert number in text
+
+
+def test_postgres_that_dies_right_after_its_activation_is_fenced() -> None:
+    """I5: found by simulation (seed 333): nobody must wait for a database that is no more."""
+    me = identity("n1")
+    gone = fencer("n1", fence_proven=True, postgres_up=False, following=None)
+    v, commands = step(initial(me), [gone, seen(cluster(), 50)], me, FAST, T0)
+    now = T0
+    for _ in range(200):
+        now += NS // 20
+        acks: list[Event] = [
+            WriteDone(c.key, c.attempt, "acked", 50 + now // NS) for c in commands if isinstance(c, Write)
+        ]
+        v, commands = step(v, [gone, *acks], me, FAST, now)
+        order = next((c for c in commands if isinstance(c, Order)), None)
+        if order is not None and order.op == "activate":
+            break
+        if order is not None:
+            gone = fencer(
+                "n1", highest=order.generation, fence_proven=True, postgres_up=False, following=None
+            )
+    else:
+        pytest.fail(f"never activated: {v.state} {v.row} {v.why} {v.failures} {v.successes} {v.order}")
+    assert order is not None
+    dead = fencer(
+        "n1",
+        highest=order.generation,
+        active=order.generation,
+        lease_deadline_ns=now + NS,
+        order=order.generation,
+        order_op="activate",
+        order_state="done",
+        postgres_up=False,
+    )
+    v, commands = step(v, [dead], me, FAST, now + NS // 20)
+    assert v.state is State.P_FAILED
+    assert [c.op for c in commands if isinstance(c, Order)] == ["fence"]

@@ -175,6 +175,10 @@ class Node:
         log = str(self.data / "hand.log")
         run_as(self.template.user, [*argv, "-l", log, "-o", options], self.template.postgres.library_dir, 30)
 
+    def promote_by_hand(self) -> None:
+        argv = [f"{self.template.postgres.bin_dir}/pg_ctl", "promote", "-D", str(self.data)]
+        run_as(self.template.user, argv, self.template.postgres.library_dir, 30)
+
     def pids(self) -> list[int]:
         return processes.of_data_dir(str(self.data))
 

@@ -144,6 +144,31 @@ def test_a_writable_one_without_a_lease_is_fenced_at_start(node: Node) -> None:
     assert not node.pids()
 
 
+def test_promoted_by_hand_it_is_fenced(node: Node) -> None:
+    """I1: whoever makes it writable without a lease, it does not stay so."""
+    node.start()
+    node.ask(protocol.Follow(generation=Generation(1, 1), primary=None))
+    assert node.outcome().state == "done"
+    node.promote_by_hand()
+    node.wait(lambda: node.status().fence_proven, "fenced", FENCE_S + 5)
+    assert not node.pids()
+    self_fence = node.status().self_fence
+    assert self_fence is not None
+    assert "without a lease" in self_fence.reason
+
+
+def test_a_fencer_killed_while_promoting_fences_at_start(node: Node) -> None:
+    """I1: an interrupted promotion may still complete; only a fence settles it."""
+    node.start()
+    node.ask(protocol.Follow(generation=Generation(1, 1), primary=None))
+    assert node.outcome().state == "done"
+    assert isinstance(node.activate(2, 1), protocol.Accepted)
+    node.kill_fencer()
+    (node.run / "lease.json").unlink(missing_ok=True)
+    node.start()
+    node.wait(lambda: not node.pids(), "fenced at start", FENCE_S + 5)
+
+
 def test_orphaned_backends_are_killed_and_a_stale_pid_file_harms_nobody(node: Node) -> None:
     """I6: a SIGKILLed postmaster's backends go on; postmaster.pid may name somebody else by now."""
     node.start()
