@@ -10,6 +10,7 @@ import math
 import os
 import pwd
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,29 @@ from harmony.errors import ConfigError
 _NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
 _HOST = r"^[A-Za-z0-9_.:-]{1,253}\Z"
 _ABSOLUTE = r"^/[^\x00-\x1f']*\Z"
+_ROLE = r"^[^\s:/'-][^\s:/']{0,62}\Z"
+_URL = r"^(nats|tls|ws|wss)://[^\s,/]+/?\Z"
+_ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
+_LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
+WORDS = {
+    _NAME: "1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9",
+    _HOST: "a host name or an IP address, without port",
+    _ABSOLUTE: "an absolute path, without quotes",
+    _ROLE: "a user, role or database name without spaces, quotes, : and /",
+    _URL: "nats://HOST:PORT (or tls, ws, wss)",
+    _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
+    _LISTEN: "addresses separated by commas, or *",
+}
 SOCKET_MAX = 107
+MAX_FILE_BYTES = 1024 * 1024
 
 Name = Annotated[str, msgspec.Meta(pattern=_NAME)]
 Absolute = Annotated[str, msgspec.Meta(pattern=_ABSOLUTE)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100)]
+Role = Annotated[str, msgspec.Meta(pattern=_ROLE)]
+Url = Annotated[str, msgspec.Meta(pattern=_URL)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,7 +54,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Cluster(_Section, frozen=True):
-    id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z")]
+    id: Annotated[str, msgspec.Meta(pattern=_ID)]
     preferred_primary: Name
 
 
@@ -56,7 +73,7 @@ class MemberAddress(_Section, frozen=True):
 
 class StoreSection(_Section, frozen=True):
     type: Literal["nats", "memory"] = "nats"
-    urls: Annotated[list[str], msgspec.Meta(min_length=1, max_length=16)] = msgspec.field(
+    urls: Annotated[list[Url], msgspec.Meta(min_length=1, max_length=16)] = msgspec.field(
         default_factory=lambda: ["nats://127.0.0.1:4222"]
     )
     replicas: Literal[1, 3, 5] = 1
@@ -84,18 +101,18 @@ class Postgresql(_Section, frozen=True):
     data_dir: Absolute
     bin_dir: Absolute | None = None
     library_dir: Absolute | None = None
-    user: str | None = None
-    listen_addresses: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:, *-]*\Z")] = "*"
+    user: Role | None = None
+    listen_addresses: Annotated[str, msgspec.Meta(pattern=_LISTEN)] = "*"
     socket_dir: Absolute = "/var/run/postgresql"
-    db_user: str = "harmony"
-    db_name: str = "postgres"
-    replication_user: str = "replicator"
+    db_user: Role = "harmony"
+    db_name: Role = "postgres"
+    replication_user: Role = "replicator"
     replication_passfile: Absolute | None = None
     start_timeout_s: Seconds = 60.0
 
 
 class Agent(_Section, frozen=True):
-    user: str | None = None
+    user: Role | None = None
 
 
 class Supervisor(_Section, frozen=True):
@@ -141,36 +158,52 @@ def _hint(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
-def _section(name: str, raw: object, problems: list[str], place: str) -> _Section | None:
-    """Convert one section key by key, so that each wrong key is reported."""
-    kind = SECTIONS.get(name, MemberAddress)
+def _value(kind: object, key: str, value: object, *, strict: bool = True) -> tuple[object, str | None]:
+    """(converted, None) or (None, what is wrong). URLs are not repeated: they may hold a password."""
+    shown = "the value" if key == "urls" else repr(value)[:80]
+    try:
+        converted: object = msgspec.convert(value, kind, strict=strict)
+    except msgspec.ValidationError as e:
+        for pattern, words in WORDS.items():
+            if repr(pattern)[1:-1] in str(e) or pattern in str(e):
+                return None, f"{shown} is not allowed; must be {words}"
+        return None, f"{shown} is not allowed: {e}"
+    if isinstance(converted, float) and not math.isfinite(converted):
+        return None, f"{shown} is not allowed; must be a finite number"
+    return converted, None
+
+
+def _section(kind: type[_Section], raw: object, problems: list[str], place: str) -> dict[str, object]:
+    """Convert one section key by key, so that each wrong key is reported; returns the good ones."""
     if not isinstance(raw, dict):
-        problems.append(f"{place}: must be a table, such as [{name}]")
-        return None
+        problems.append(f"{place}: must be a table; begin it with [{place}]")
+        return {}
     fields = {f.name: f for f in msgspec.structs.fields(kind)}
     good: dict[str, object] = {}
-    before = len(problems)
     for key, value in raw.items():
         if key not in fields:
             problems.append(f"{place}.{key}: unknown key{_hint(key, list(fields))}")
             continue
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{place}.{key}: must be a finite number, not {value}")
-            continue
-        try:
-            good[key] = msgspec.convert(value, fields[key].type)
-        except msgspec.ValidationError as e:
-            problems.append(f"{place}.{key}: {value!r}: {e}")
+        converted, wrong = _value(fields[key].type, key, value)
+        if wrong is None:
+            good[key] = converted
+        else:
+            problems.append(f"{place}.{key}: {wrong}")
     problems.extend(
         f"{place}.{f.name}: missing; it has no default"
         for f in fields.values()
         if f.required and f.name not in raw
     )
-    return kind(**good) if len(problems) == before else None
+    return good
 
 
 def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[str]) -> None:
-    """Lay HARMONY_<SECTION>_<KEY> over the file's values."""
+    """Lay HARMONY_<SECTION>_<KEY> and HARMONY_MEMBERS over the file's values."""
+    kinds = {
+        f"HARMONY_{s}_{f.name}".upper(): (s, f)
+        for s, k in SECTIONS.items()
+        for f in msgspec.structs.fields(k)
+    }
     for variable, text in sorted(env.items()):
         if (
             not variable.startswith("HARMONY_")
@@ -178,120 +211,146 @@ def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[
             or variable == "HARMONY_CONFIG"
         ):
             continue
-        section, _, key = variable.removeprefix("HARMONY_").lower().partition("_")
-        kind = SECTIONS.get(section)
-        fields = {f.name: f for f in msgspec.structs.fields(kind)} if kind is not None else {}
-        if key not in fields:
-            known = [
-                f"HARMONY_{s}_{f.name}".upper()
-                for s, k in SECTIONS.items()
-                for f in msgspec.structs.fields(k)
-            ]
-            near = difflib.get_close_matches(variable, known, 1)
+        if variable == "HARMONY_MEMBERS":
+            raw["members"] = _environment_members(text, problems)
+            continue
+        if variable not in kinds:
+            near = difflib.get_close_matches(variable, [*kinds, "HARMONY_MEMBERS"], 1)
             problems.append(
-                f"environment: {variable}: unknown" + (f"; did you mean {near[0]}?" if near else "")
+                f"environment: {variable}: unknown" + (f"; did you mean {near[0]}?" if near else "; unset it")
             )
             continue
-        value: object = text.split(",") if key == "urls" else text
-        if key != "urls":
-            try:
-                value = msgspec.convert(text, fields[key].type, strict=False)
-            except msgspec.ValidationError as e:
-                problems.append(f"environment: {variable}: {text!r}: {e}")
-                continue
+        section, field = kinds[variable]
+        given: object = [part.strip() for part in text.split(",")] if field.name == "urls" else text
+        value, wrong = _value(field.type, field.name, given, strict=False)
         table = raw.setdefault(section, {})
-        if isinstance(table, dict):
-            table[key] = value
+        if isinstance(table, dict) and wrong is None:
+            table[field.name] = value
+        if wrong is not None:
+            problems.append(f"environment: {variable}: {wrong}")
+
+
+def _environment_members(text: str, problems: list[str]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for item in text.split(","):
+        name, equals, address = item.strip().partition("=")
+        host, colon, port = address.rpartition(":")
+        if not (equals and colon and host and port.isascii() and port.isdecimal()) or name in found:
+            problems.append(
+                f"environment: HARMONY_MEMBERS: {item.strip()!r} is not allowed; must be NAME=HOST:PORT "
+                "separated by commas, each name once"
+            )
+            continue
+        found[name] = {"host": host.removeprefix("[").removesuffix("]"), "port": int(port)}
+    return found
+
+
+def read(path: str | Path) -> dict[str, object]:
+    """The file as TOML gives it, nothing checked. Raises ConfigError, with line and column."""
+    try:
+        with Path(path).open("rb") as f:
+            data = f.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ConfigError([f"{path}: longer than {MAX_FILE_BYTES} bytes: no configuration of Harmony"])
+        return dict(tomllib.loads(data.decode()))
+    except OSError as e:
+        raise ConfigError([f"{path}: cannot be read: {e.strerror or e}"]) from e
+    except UnicodeDecodeError as e:
+        raise ConfigError([f"{path}: not UTF-8: {e}"]) from e
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise ConfigError([f"{path}: not TOML: {e}"]) from e
 
 
 def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
     """Read the file and the environment. Raises ConfigError with every problem and its place."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError([f"{path}: cannot be read: {e}"]) from e
-    try:
-        raw: dict[str, object] = dict(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError([f"{path}: not TOML: {e}"]) from e
+    env = os.environ if env is None else env
     problems: list[str] = []
-    _environment(os.environ if env is None else env, raw, problems)
-    sections: dict[str, _Section | None] = {}
-    for name in raw:
-        if name not in SECTIONS and name != "members":
-            problems.append(f"{name}: unknown section{_hint(name, [*SECTIONS, 'members'])}")
-    for name, kind in SECTIONS.items():
-        if name in raw or any(f.required for f in msgspec.structs.fields(kind)):
-            sections[name] = _section(name, raw.get(name, {}), problems, name)
-        else:
-            sections[name] = kind()
+    try:
+        raw = read(path)
+    except ConfigError as e:
+        _environment(env, {}, problems)
+        raise ConfigError(e.problems + problems) from e
+    _environment(env, raw, problems)
+    problems.extend(
+        f"{name}: unknown section{_hint(name, [*SECTIONS, 'members'])}"
+        for name in raw
+        if name not in SECTIONS and name != "members"
+    )
+    values = {name: _section(kind, raw.get(name, {}), problems, name) for name, kind in SECTIONS.items()}
     members = _members(raw.get("members", {}), problems)
-    timing = _timing(sections["timing"], problems)
+    timing = _timing(values["timing"], raw.get("timing"), problems)
+    _together(values, members, problems)
     if not problems and timing is not None:
-        config = msgspec.convert(
-            {k: msgspec.to_builtins(v) for k, v in sections.items()}
-            | {"members": msgspec.to_builtins(members), "timing": msgspec.to_builtins(timing)},
-            Config,
-        )
-        _together(config, problems)
-        if not problems:
-            return config
+        whole = {**values, "members": members, "timing": msgspec.structs.asdict(timing)}
+        return msgspec.convert(whole, Config)
     raise ConfigError([p if p.startswith("environment:") else f"{path}: {p}" for p in problems])
 
 
-def _members(raw: object, problems: list[str]) -> dict[str, MemberAddress]:
+def _members(raw: object, problems: list[str]) -> dict[str, dict[str, object]]:
+    """By name, also those with problems: their names count."""
     if not isinstance(raw, dict) or not raw:
         problems.append("members: missing; name each node, such as [members.n1] with host and port")
         return {}
-    found: dict[str, MemberAddress] = {}
+    found: dict[str, dict[str, object]] = {}
     for name, value in raw.items():
         if not re.match(_NAME, name):
-            problems.append(
-                f"members.{name}: a name has 1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9"
-            )
-        address = _section("members.NAME", value, problems, f"members.{name}")
-        if isinstance(address, MemberAddress):
-            found[name] = address
+            problems.append(f"members.{name}: the name is not allowed; must be {WORDS[_NAME]}")
+        found[name] = _section(MemberAddress, value, problems, f"members.{name}")
     if len(raw) > 32:
         problems.append(f"members: {len(raw)} nodes; at most 32")
     return found
 
 
-def _timing(section: _Section | None, problems: list[str]) -> Timing | None:
-    if not isinstance(section, TimingSection):
+def _timing(good: dict[str, object], raw: object, problems: list[str]) -> Timing | None:
+    """The preset with the single values over it; not judged while one of them is wrong in itself."""
+    names = {f.name for f in msgspec.structs.fields(TimingSection)}
+    if not isinstance(raw, dict | None) or any(k in names and k not in good for k in raw or {}):
         return None
-    values = {k: v for k, v in msgspec.to_builtins(section).items() if k != "preset" and v is not None}
+    section = msgspec.convert(good, TimingSection)
+    values = {k: v for k, v in msgspec.structs.asdict(section).items() if k != "preset" and v is not None}
     timing = msgspec.structs.replace(PRESETS[section.preset], **values)
     violation = timing.violation()
     if violation is not None:
-        problems.append(f"timing (preset {section.preset}): {violation}")
+        problems.append(f"timing.failover_timeout_s (preset {section.preset}): {violation}")
         return None
     return timing
 
 
-def _together(c: Config, problems: list[str]) -> None:
-    """What only shows when everything is known."""
-    for place, name in (
-        ("node.name", c.node.name),
-        ("cluster.preferred_primary", c.cluster.preferred_primary),
-    ):
-        if name not in c.members:
-            problems.append(f"{place}: {name} is not in [members]{_hint(name, list(c.members))}")
-    if c.replication.mode == "quorum" and c.replication.synchronous_count >= len(c.members):
-        problems.append(
-            f"replication.synchronous_count: {c.replication.synchronous_count} standbys of {len(c.members)} "
-            'members; lower it, add members, or set mode = "off"'
-        )
-    addresses = [(m.host, m.port) for m in c.members.values()]
-    if len(set(addresses)) != len(addresses):
-        problems.append("members: two members have the same host and port")
-    for what, path in (
-        ("node.run_dir", f"{c.node.run_dir}/agent/agent.sock"),
-        ("postgresql.socket_dir", f"{c.postgresql.socket_dir}/.s.PGSQL.65535"),
-    ):
-        if len(path.encode()) > SOCKET_MAX:
+def _together(
+    values: dict[str, dict[str, object]], members: dict[str, dict[str, object]], problems: list[str]
+) -> None:
+    """What only shows between the values; a value that is wrong in itself is left out here."""
+    for section, key in (("node", "name"), ("cluster", "preferred_primary")):
+        name = values[section].get(key)
+        if members and isinstance(name, str) and name not in members:
+            problems.append(f"{section}.{key}: {name} is not in [members]{_hint(name, list(members))}")
+    replication = values["replication"]
+    count = replication.get("synchronous_count", 1)
+    if members and replication.get("mode", "quorum") == "quorum" and isinstance(count, int):
+        if len(members) == 1:
             problems.append(
-                f"{what}: {path} has {len(path.encode())} bytes; a Unix socket's path at most {SOCKET_MAX}"
+                'replication.mode: "quorum" needs at least two members, there is one; set mode = "off"'
+            )
+        elif count >= len(members):
+            problems.append(
+                f"replication.synchronous_count: {count} must be below the number of members "
+                f'({len(members)}); lower it, add members, or set mode = "off"'
+            )
+    seen: dict[tuple[object, object], str] = {}
+    for name, m in members.items():
+        if "host" in m:
+            other = seen.setdefault((m["host"], m.get("port", 5432)), name)
+            if other != name:
+                problems.append(f"members.{name}: same host and port as {other}; give each its own")
+    for section, key, tail in (
+        ("node", "run_dir", "/agent/agent.sock"),
+        ("postgresql", "socket_dir", "/.s.PGSQL.65535"),
+    ):
+        path = f"{values[section].get(key, '')}{tail}"
+        if len(os.fsencode(path)) > SOCKET_MAX:
+            problems.append(
+                f"{section}.{key}: {path} has {len(os.fsencode(path))} bytes, a Unix socket's path at most "
+                f"{SOCKET_MAX}; choose a shorter folder"
             )
 
 
@@ -311,19 +370,28 @@ def _user(name: str | None, place: str, problems: list[str]) -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def find_bin_dir(data_dir: str) -> str | None:
-    """Debian's newest PostgreSQL of the data directory's major version (the newest of all without one)."""
+def _major(data_dir: str) -> str:
     try:
-        wanted = (Path(data_dir) / "PG_VERSION").read_text().strip()
+        return (Path(data_dir) / "PG_VERSION").read_text(errors="replace").strip()
     except OSError:
-        wanted = ""
-    found = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if (p / "postgres").exists()]
-    found = [p for p in found if not wanted or p.parent.name == wanted]
+        return ""
+
+
+def find_bin_dir(data_dir: str, root: str = "/usr/lib/postgresql") -> str | None:
+    """Debian's PostgreSQL of the data directory's major version (the newest of all without one)."""
+    wanted = _major(data_dir)
+    found = [
+        p
+        for p in Path(root).glob("*/bin")
+        if re.match(r"\d+(\.\d+)?\Z", p.parent.name)
+        and (p / "postgres").exists()
+        and wanted in {"", p.parent.name}
+    ]
     return str(max(found, key=lambda p: float(p.parent.name))) if found else None
 
 
 def resolve(c: Config) -> dict[str, dict[str, object]]:
-    """What supervisor, fencer and agent are started with. Raises ConfigError where the machine does not fit."""
+    """What the three processes are started with. Raises ConfigError where the machine does not fit."""
     problems: list[str] = []
     p = c.postgresql
     agent_uid, agent_gid = _user(c.agent.user, "agent.user", problems)
@@ -332,19 +400,27 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
         problems.append("postgresql.user: missing; PostgreSQL refuses to run as root, name its user")
     try:
         data = Path(p.data_dir).stat()
-        if postgres_uid >= 0 and data.st_uid != postgres_uid:
-            owner = data.st_uid
+        if not stat.S_ISDIR(data.st_mode):
+            problems.append(f"postgresql.data_dir: {p.data_dir} is no directory")
+        elif postgres_uid >= 0 and data.st_uid != postgres_uid:
             problems.append(
-                f"postgresql.data_dir: {p.data_dir} belongs to uid {owner}, PostgreSQL runs as {postgres_uid}"
+                f"postgresql.data_dir: {p.data_dir} belongs to uid {data.st_uid}, PostgreSQL runs as uid "
+                f"{postgres_uid} ({p.user or 'our own user'}); set postgresql.user, or chown the directory"
             )
     except OSError as e:
-        problems.append(f"postgresql.data_dir: {e}")
+        problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}; initdb or restore it first")
     bin_dir = p.bin_dir or find_bin_dir(p.data_dir)
     if bin_dir is None:
-        problems.append("postgresql.bin_dir: no PostgreSQL found under /usr/lib/postgresql; name its folder")
-    for program in ("postgres", "pg_ctl", "pg_controldata"):
-        if bin_dir is not None and not (Path(bin_dir) / program).exists():
-            problems.append(f"postgresql.bin_dir: {bin_dir} has no {program}")
+        version = f" {_major(p.data_dir)}".rstrip()
+        problems.append(
+            f"postgresql.bin_dir: no PostgreSQL{version} found under /usr/lib/postgresql; name its folder"
+        )
+    else:
+        problems.extend(
+            f"postgresql.bin_dir: {bin_dir} has no {program}"
+            for program in ("postgres", "pg_ctl", "pg_controldata")
+            if not (Path(bin_dir) / program).exists()
+        )
     if problems:
         raise ConfigError(problems)
     return {

@@ -1,4 +1,4 @@
-"""The parameters in words: default, unit, range and cost of each; the example file and the docs come from it."""
+"""The parameters in words: default, range, unit and cost of each; the example and the docs come from it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import msgspec
 import tomli_w
 
-from harmony.config import SECTIONS
+from harmony.config import SECTIONS, WORDS
 from harmony.core.timing import PRESETS
 
 TEXT: dict[str, tuple[str, str]] = {
     "cluster.id": ("name of the cluster; its bucket is harmony_<id>", "another id is another cluster"),
     "cluster.preferred_primary": ("the member that founds the cluster", "only it may claim the first term"),
     "node.name": ("this node, one of the members", "unique in the cluster"),
-    "node.priority": ("0 to 1000; among equal candidates the highest promotes", "order only, never data"),
+    "node.priority": (
+        "among equal candidates the highest promotes",
+        "higher: chosen sooner; order only, never data",
+    ),
     "node.nofailover": ("true: never promote this node", "one candidate fewer"),
     "node.state_dir": (
         "folder kept over reboots: generations and latch",
@@ -26,66 +29,102 @@ TEXT: dict[str, tuple[str, str]] = {
         "its path must be short (107 bytes with the socket)",
     ),
     "store.type": ("nats, or memory (tests only)", "memory is shared by nobody"),
-    "store.urls": ("NATS servers, tried in turn", "name them all"),
+    "store.urls": (
+        "NATS servers, tried in turn",
+        "fewer than all of them: no way in when the named ones are down",
+    ),
     "store.replicas": (
         "1, 3 or 5 copies of the bucket",
         "1 does not survive its server; 3 need elections of 4 to 9 s",
     ),
-    "store.credentials_file": ("NATS credentials file", "-"),
-    "timing.preset": ("fast, standard or wan; single values below override it", "see the presets"),
-    "timing.heartbeat_interval_s": ("s, pause between heartbeats", "lower: faster failover, more load"),
+    "store.credentials_file": (
+        "NATS credentials file",
+        "needed where the server demands it",
+    ),
+    "timing.preset": (
+        "fast, standard or wan; single values below override it",
+        "fast: shorter outages, but a JetStream election fences the primary; wan: longer outages",
+    ),
+    "timing.heartbeat_interval_s": (
+        "pause between heartbeats",
+        "lower: faster failover, more load on the store; higher: longer lease",
+    ),
     "timing.heartbeat_timeout_s": (
-        "s, longest wait for one heartbeat",
-        "lower: faster failover, more false fences",
+        "longest wait for one heartbeat",
+        "lower: faster failover, more false fences; higher: longer lease and failover_timeout_s",
     ),
     "timing.failure_threshold": (
         "consecutive failures before self-fencing",
-        "higher: outlasts more, longer lease",
+        "higher: outlasts more, longer lease; lower: more false fences",
     ),
-    "timing.success_threshold": ("good heartbeats before recovery", "higher: slower, calmer recovery"),
+    "timing.success_threshold": (
+        "good heartbeats before recovery",
+        "higher: slower, calmer recovery; lower: may flap",
+    ),
     "timing.fence_timeout_s": (
-        "s, the fencer's budget to prove PostgreSQL stopped",
-        "lower: less clean shutdowns",
+        "the fencer's budget to prove PostgreSQL stopped",
+        "lower: fewer clean shutdowns, more kills; higher: longer failover_timeout_s",
     ),
-    "timing.safety_margin_s": ("s, for clock drift and scheduling delay", "lower: less certain under load"),
+    "timing.safety_margin_s": (
+        "room for clock drift and scheduling delay",
+        "lower: less certain under load; higher: longer failover_timeout_s",
+    ),
     "timing.failover_timeout_s": (
-        "s, how stale the primary may be",
-        "lower: faster failover; bounded by the inequality",
+        "how stale the primary must be before a replica may promote; more than lease, fence and margin",
+        "lower: faster failover; higher: longer outages",
     ),
     "replication.mode": (
         "quorum: ANY k of the other members; off: asynchronous",
         "off may lose acknowledged commits",
     ),
     "replication.synchronous_count": (
-        "k, standbys that must have each commit",
-        "higher: safer, blocks sooner",
+        "standbys that must have each commit",
+        "higher: safer, blocks sooner; lower: fewer candidates after a failure",
     ),
     "replication.maximum_lag_bytes": (
-        "bytes, mode off: largest lag of a candidate",
-        "higher: more may be lost",
+        "mode off: largest lag of a candidate",
+        "higher: more may be lost; lower: a failover may find no candidate",
     ),
-    "postgresql.data_dir": ("the data directory", "-"),
+    "postgresql.data_dir": (
+        "the data directory; initialised, and owned by postgresql.user",
+        "of another cluster: refused by its system identifier",
+    ),
     "postgresql.bin_dir": ("PostgreSQL's programs", "default: Debian's, of the data directory's version"),
     "postgresql.library_dir": ("LD_LIBRARY_PATH for them", "only for relocated builds"),
     "postgresql.user": ("OS user PostgreSQL runs as", "needed when the supervisor is root"),
-    "postgresql.listen_addresses": ("as PostgreSQL's own parameter", "-"),
+    "postgresql.listen_addresses": (
+        "as PostgreSQL's own parameter",
+        "must include what the other members reach",
+    ),
     "postgresql.socket_dir": ("folder of PostgreSQL's Unix socket", "the agent's probe connects there"),
-    "postgresql.db_user": ("role of the probe, with pg_monitor", "-"),
-    "postgresql.db_name": ("database of the probe", "-"),
-    "postgresql.replication_user": ("role of the standbys", "-"),
-    "postgresql.replication_passfile": ("its password file", "-"),
+    "postgresql.db_user": (
+        "role of the probe, with pg_monitor",
+        "more rights than pg_monitor are never needed",
+    ),
+    "postgresql.db_name": ("database of the probe", "must exist and let db_user in"),
+    "postgresql.replication_user": (
+        "role of the standbys",
+        "needs REPLICATION, and pg_hba.conf on every member",
+    ),
+    "postgresql.replication_passfile": (
+        "its password file",
+        "without it pg_hba.conf must let the standbys in otherwise",
+    ),
     "postgresql.start_timeout_s": (
-        "s, longest start or promotion",
-        "higher: longer crash recovery is waited for",
+        "longest start or promotion",
+        "higher: longer crash recovery is waited for; lower: given up sooner",
     ),
     "agent.user": ("OS user of the agent", "default: the supervisor's; name an unprivileged one"),
-    "supervisor.ping_interval_s": ("s, between pings of the children", "-"),
+    "supervisor.ping_interval_s": (
+        "between pings of the children",
+        "lower: a hung child is noticed sooner, more wake-ups",
+    ),
     "supervisor.ping_timeout_s": (
-        "s without an answer: killed and restarted",
-        "lower: more needless restarts",
+        "without an answer a child is killed and restarted",
+        "lower: more needless restarts; higher: a hung agent stays longer",
     ),
     "log.format": ("auto, json or console", "auto: console on a terminal"),
-    "log.level": ("debug, info or warning", "-"),
+    "log.level": ("debug, info or warning", "warning hides the reasons of decisions; debug is loud"),
 }
 
 
@@ -99,6 +138,8 @@ class Parameter:
     default: object
     meaning: str
     cost: str
+    unit: str
+    range: str
 
 
 def parameters() -> list[Parameter]:
@@ -112,12 +153,36 @@ def parameters() -> list[Parameter]:
             if isinstance(default, enum.Enum):
                 default = default.value
             meaning, cost = TEXT[f"{section}.{f.name}"]
-            found.append(Parameter(section, f.name, f.required, default, meaning, cost))
+            unit = "s" if f.name.endswith("_s") else "bytes" if f.name.endswith("_bytes") else ""
+            allowed = _range(msgspec.inspect.type_info(f.type))
+            found.append(Parameter(section, f.name, f.required, default, meaning, cost, unit, allowed))
     return found
 
 
+def _range(t: msgspec.inspect.Type) -> str:
+    """What is allowed, from the type itself."""
+    match t:
+        case msgspec.inspect.UnionType(types=types):
+            return " or ".join(_range(one) for one in types if not isinstance(one, msgspec.inspect.NoneType))
+        case msgspec.inspect.LiteralType(values=values):
+            return ", ".join(str(v) for v in values)
+        case msgspec.inspect.BoolType():
+            return "true, false"
+        case msgspec.inspect.IntType(ge=ge, le=le):
+            return f"{ge} to {le}" if le is not None else f"at least {ge}"
+        case msgspec.inspect.FloatType(gt=gt, le=le):
+            return f"above {gt:g}, to {le:g}"
+        case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
+            return f"{low} to {high} of: {_range(item)}"
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return WORDS[pattern]
+        case _:
+            raise TypeError(f"no words for the range of {t}")
+
+
 _FILL = {"cluster.id": "main", "cluster.preferred_primary": "n1", "node.name": "n1"} | {
-    "postgresql.data_dir": "/var/lib/postgresql/15/main"
+    "postgresql.data_dir": "/var/lib/postgresql/15/main",
+    "postgresql.user": "postgres",
 }
 
 
@@ -135,7 +200,7 @@ def example() -> str:
                     lines += [f"[members.{n}]", tomli_w.dumps({"host": f"{n}.example.org", "port": 5432})]
             section = p.section
             lines += [f"[{section}]"]
-        lines.append(f"# {p.meaning} ({p.cost})")
+        lines += [f"# {p.meaning} ({p.cost})", f"# {p.range}{' ' if p.unit else ''}{p.unit}"]
         name = f"{p.section}.{p.key}"
         value = _FILL.get(name, p.default)
         text = " ".join(tomli_w.dumps({p.key: value}).split()) if value is not None else f"{p.key} = ..."
@@ -143,23 +208,36 @@ def example() -> str:
     return "\n".join(lines)
 
 
+def _default(value: object) -> str:
+    if value is None:
+        return "none"
+    text = (
+        " ".join(tomli_w.dumps({"x": value}).removeprefix("x = ").split())
+        .replace("[ ", "[")
+        .replace(", ]", "]")
+    )
+    return f"`{text}`"
+
+
 def markdown() -> str:
     """docs/configuration.md, whole."""
     lines = [
         "# Configuration",
         "",
-        "One TOML file and `HARMONY_<SECTION>_<KEY>` variables over it. Unknown keys are errors. Rendered from",
-        "the code by `make rewrite`; a test keeps it equal.",
+        "One TOML file and `HARMONY_<SECTION>_<KEY>` variables over it. Unknown keys are errors. Rendered",
+        "from the code by `make rewrite`; a test keeps it equal.",
         "",
-        "`[members.NAME]` with `host` and `port` (default 5432) names each node, at most 32.",
+        "`[members.NAME]` with `host` and `port` (default 5432) names each node, at most 32; as a variable:",
+        "`HARMONY_MEMBERS=n1=HOST:PORT,n2=HOST:PORT`, in place of the file's.",
         "",
-        "| parameter | default | what it is | raising or lowering it |",
-        "| --- | --- | --- | --- |",
+        "| parameter | default | range | unit | what it is | raising, lowering or leaving it out |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for p in parameters():
         preset = p.section == "timing" and p.key != "preset"
-        default = "required" if p.required else "the preset's" if preset else f"`{p.default}`"
-        lines.append(f"| `{p.section}.{p.key}` | {default} | {p.meaning} | {p.cost} |")
+        default = "required" if p.required else "the preset's" if preset else _default(p.default)
+        name = f"`{p.section}.{p.key}`"
+        lines.append(f"| {name} | {default} | {p.range} | {p.unit} | {p.meaning} | {p.cost} |")
     names = list(PRESETS)
     lines += [
         "",

@@ -6,11 +6,14 @@ The only file of `harmony` that imports from the fencer. It repeats nothing: one
 from __future__ import annotations
 
 import socket
+import time
 
 import trio
 
 from harmony.errors import FencerUnavailable
 from harmony_fencer import protocol
+
+__all__ = ["FencerClient", "call", "protocol"]
 
 
 class FencerClient:
@@ -26,7 +29,7 @@ class FencerClient:
             with trio.fail_after(2.0):
                 self._stream = await trio.open_unix_socket(self._path)
         except (OSError, trio.TooSlowError) as e:
-            raise FencerUnavailable(f"{self._path}: {e or 'no answer'}") from e
+            raise FencerUnavailable(f"{self._path}: {str(e) or 'no answer in 2 s'}") from e
 
     async def close(self) -> None:
         """Close; never raises."""
@@ -35,24 +38,36 @@ class FencerClient:
             self._stream = None
 
     async def request(self, request: protocol.Request, *, timeout_s: float) -> protocol.Reply:
-        """Send one request and wait for its reply. Raises FencerUnavailable."""
-        if self._stream is None:
+        """Send one request and wait for its reply. Raises FencerUnavailable.
+
+        Also when cancelled from outside it closes: a reply that comes late must never answer the next
+        request.
+        """
+        stream = self._stream
+        if stream is None:
             raise FencerUnavailable("not connected")
+        answered = False
         try:
             with trio.fail_after(timeout_s):
-                await self._stream.send_all(protocol.frame(request))
-                header = await self._exactly(protocol.HEADER.size)
-                return protocol.decode_reply(await self._exactly(protocol.frame_length(header)))
+                await stream.send_all(protocol.frame(request))
+                header = await self._exactly(stream, protocol.HEADER.size)
+                reply = protocol.decode_reply(await self._exactly(stream, protocol.frame_length(header)))
+            answered = True
         except (OSError, trio.BrokenResourceError, trio.TooSlowError, protocol.ProtocolError) as e:
-            await self.close()
             raise FencerUnavailable(
-                f"{type(request).__name__}: {e or f'no answer in {timeout_s:g} s'}"
+                f"{type(request).__name__}: {str(e) or f'no answer in {timeout_s:g} s'}"
             ) from e
+        finally:
+            if not answered:
+                self._stream = None
+                stream.socket.close()
+        return reply
 
-    async def _exactly(self, count: int) -> bytes:
+    @staticmethod
+    async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
         data = b""
-        while len(data) < count and self._stream is not None:
-            chunk = await self._stream.receive_some(count - len(data))
+        while len(data) < count:
+            chunk = await stream.receive_some(count - len(data))
             if not chunk:
                 raise trio.BrokenResourceError("the fencer closed the connection")
             data += chunk
@@ -60,26 +75,30 @@ class FencerClient:
 
 
 def call(path: str, request: protocol.Request, *, timeout_s: float) -> protocol.Reply:
-    """One request on a connection of its own, blocking. Raises FencerUnavailable."""
+    """One request on a connection of its own, blocking, `timeout_s` for all. Raises FencerUnavailable."""
+    until = time.monotonic() + timeout_s
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout_s)
             sock.connect(path)
             sock.sendall(protocol.frame(request))
-            header = _receive(sock, protocol.HEADER.size)
-            return protocol.decode_reply(_receive(sock, protocol.frame_length(header)))
+            header = _receive(sock, protocol.HEADER.size, until)
+            return protocol.decode_reply(_receive(sock, protocol.frame_length(header), until))
+    except TimeoutError as e:
+        raise FencerUnavailable(f"{path}: no answer in {timeout_s:g} s") from e
     except (OSError, protocol.ProtocolError) as e:
         raise FencerUnavailable(f"{path}: {e}") from e
 
 
-def _receive(sock: socket.socket, count: int) -> bytes:
+def _receive(sock: socket.socket, count: int, until: float) -> bytes:
     data = b""
     while len(data) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        sock.settimeout(left)
         chunk = sock.recv(count - len(data))
         if not chunk:
             raise ConnectionResetError("the fencer closed the connection")
         data += chunk
     return data
-
-
-__all__ = ["FencerClient", "call", "protocol"]

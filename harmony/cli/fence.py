@@ -12,33 +12,75 @@ from pathlib import Path
 import click
 import msgspec
 
+from harmony.admin import NodeView, StatusReply
 from harmony.cli.status import ask
 from harmony.cli.where import find_run_dir
+from harmony.core.states import WRITABLE_STATES
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
 
-WAIT_S = 30.0
+FENCE_S = 30.0  # where fencer.json cannot tell
+PATIENCE_S = 5.0
+ANSWER_S = 3.0
+POLL_S = 0.05
 
 
 def _who() -> str:
-    name = os.environ.get("SUDO_USER") or getpass.getuser()
+    """For the record; a host without names must not keep anyone from fencing."""
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        name = f"uid {os.getuid()}"
     return f"{name} (pid {os.getpid()})"
+
+
+class _Known(msgspec.Struct):
+    """What is used of fencer.json here."""
+
+    fence_timeout_s: float = FENCE_S
+
+
+def _wait_s(folder: Path) -> float:
+    """How long a fence may take: the fencer's budget and some patience."""
+    try:
+        known = msgspec.json.decode((folder / "fencer.json").read_bytes(), type=_Known)
+    except (OSError, ValueError):
+        known = _Known()
+    return known.fence_timeout_s + PATIENCE_S
+
+
+def able(s: StatusReply, n: NodeView) -> bool:
+    """Whether this other node could take over, as far as the asked agent knows. Pure."""
+    m = n.member
+    return (
+        n.name != s.myself.node
+        and n.alive
+        and m is not None
+        and m.db == "standby"
+        and m.fencer_ok
+        and not m.latched
+        and not m.nofailover
+        and (s.cluster is None or not s.cluster.sync_count or n.name in s.cluster.sync_voters)
+    )
+
+
+def outlook(s: StatusReply) -> tuple[bool, str]:
+    """(may fence without --force, what will happen in words). Pure."""
+    me = s.myself.node
+    if not s.myself.store_connected or s.cluster is None:
+        return False, f"the agent of {me} does not see the cluster: it cannot tell who could take over"
+    ready = [n.name for n in s.nodes if able(s, n)]
+    if s.cluster.primary == me or s.myself.state in WRITABLE_STATES:
+        then = f"{' or '.join(ready)} takes over" if ready else "NO OTHER NODE is able to take over"
+        return bool(ready), f"{me} is the PRIMARY: its PostgreSQL stops, clients are cut off, and {then}"
+    return True, f"{me} is a standby: its PostgreSQL stops; the primary is {s.cluster.primary or 'nobody'}"
 
 
 def _others_can_take_over(folder: Path) -> tuple[bool, str]:
     try:
-        reply = ask(folder / "agent" / "agent.sock")
-    except (OSError, msgspec.DecodeError) as e:
+        return outlook(ask(folder / "agent" / "agent.sock"))
+    except (OSError, ValueError) as e:
         return False, f"the agent cannot be asked ({e})"
-    me = reply.myself.node
-    ready = [
-        n.name
-        for n in reply.nodes
-        if n.name != me and n.alive and n.member is not None and n.member.db not in {"unknown", "down"}
-    ]
-    leads = reply.cluster is not None and reply.cluster.primary == me
-    role = "the PRIMARY" if leads else "a standby"
-    return bool(ready) or not leads, f"{me} is {role}; others ready: {', '.join(ready) or 'none'}"
 
 
 @click.command()
@@ -48,7 +90,7 @@ def _others_can_take_over(folder: Path) -> tuple[bool, str]:
 @click.option("--run-dir", help="The node's run_dir.")
 @click.option("--config", "config_file", help="The node's configuration file.")
 def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file: str | None) -> None:
-    """Stop PostgreSQL on this node, prove it gone, and keep it so until `unfence`. Exit 0 only when proven."""
+    """Stop PostgreSQL on this node, prove it gone, keep it so until `unfence`. Exit 0 only when proven."""
     folder = find_run_dir(run_dir, config_file)
     if not force:
         can, text = _others_can_take_over(folder)
@@ -62,47 +104,84 @@ def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file:
     path = str(folder / "fencer.sock")
     request = protocol.OperatorFence(reason=reason[:500], who=_who()[:500])
     try:
-        reply = call(path, request, timeout_s=3.0)
-        if isinstance(reply, protocol.Accepted):
-            _follow(path, reply.record.generation)
-        click.echo(f"the fencer refused: {reply}", err=True)
-        if not isinstance(reply, protocol.Refusal) or reply.error != "retiring":
-            sys.exit(1)
+        reply = call(path, request, timeout_s=ANSWER_S)
     except FencerUnavailable as e:
         click.echo(f"the fencer does not answer ({e})", err=True)
+    else:
+        if isinstance(reply, protocol.Accepted):
+            _follow(path, reply.record.generation, _wait_s(folder))
+        elif isinstance(reply, protocol.Refusal):
+            click.echo(f"the fencer refused: {reply.error}: {reply.detail}", err=True)
+            if reply.error == "not_permitted":
+                click.echo("only root (or the fencer's own user) may fence by hand: use sudo", err=True)
+                sys.exit(1)
+        else:
+            click.echo(f"the fencer answered something else: {reply}", err=True)
     _one_shot(folder, reason)
 
 
-def _follow(path: str, generation: protocol.Generation) -> None:
-    """Wait for the order's outcome, print it and end."""
-    until = time.monotonic() + WAIT_S
+def _follow(path: str, generation: protocol.Generation, wait_s: float) -> None:
+    """Wait for the order's outcome, print it and end. Returns only when the fencer fell silent."""
+    until = time.monotonic() + wait_s
+    heard = time.monotonic()
     while time.monotonic() < until:
-        status = call(path, protocol.StatusRequest(), timeout_s=3.0)
-        record = status.order if isinstance(status, protocol.Status) else None
-        if record is not None and record.generation == generation and record.state != "running":
-            for rung in record.rungs:
-                click.echo(f"  {rung.name:10} {rung.took_ms:8.1f} ms  gone: {rung.gone}  {rung.detail}")
-            if record.state == "done":
-                click.echo(f"fenced, proven, in {record.took_ms:.0f} ms; latched until `harmonyctl unfence`")
-                sys.exit(0)
-            click.echo(f"NOT proven: {record.state} {record.detail}", err=True)
-            sys.exit(1)
-        if record is not None and record.generation > generation:
-            click.echo(f"a newer order came: {record.op} {record.generation}", err=True)
-            sys.exit(1)
-        time.sleep(0.05)
-    click.echo(f"NOT proven within {WAIT_S:g} s; the fencer goes on trying", err=True)
+        try:
+            status = call(path, protocol.StatusRequest(), timeout_s=ANSWER_S)
+        except FencerUnavailable as e:
+            if time.monotonic() - heard > ANSWER_S:
+                click.echo(f"the fencer fell silent while it fenced ({e})", err=True)
+                return
+            time.sleep(POLL_S)
+            continue
+        heard = time.monotonic()
+        if isinstance(status, protocol.Status):
+            _report(status, generation)
+        time.sleep(POLL_S)
+    click.echo(f"NOT proven within {wait_s:g} s; the fencer goes on trying", err=True)
+    sys.exit(1)
+
+
+def _report(s: protocol.Status, generation: protocol.Generation) -> None:
+    """End when the outcome is known; a newer order of the agent does not undo a latched, proven fence."""
+    record = s.order
+    if record is None or record.generation < generation:
+        return
+    if record.generation == generation and record.state == "running":
+        return
+    proven = s.fence_proven and s.postgres == "down" and s.latch is not None
+    if record.generation > generation and not proven and record.state == "running":
+        return  # latched, it can only be another fence
+    for rung in record.rungs:
+        click.echo(f"  {rung.name:10} {rung.took_ms:8.1f} ms  gone: {rung.gone}  {rung.detail}")
+    if proven or (record.generation == generation and record.state == "done"):
+        click.echo(f"fenced, proven, in {record.took_ms:.0f} ms; latched until `harmonyctl unfence`")
+        sys.exit(0)
+    click.echo(f"NOT proven: {record.op} {record.generation} {record.state} {record.detail}", err=True)
     sys.exit(1)
 
 
 def _one_shot(folder: Path, reason: str) -> None:
+    """The emergency fence, when no fencer does it. It is waited for, never killed."""
     config = folder / "fencer.json"
-    if not config.exists():
-        click.echo(f"no {config} either: stop PostgreSQL by hand, and see --run-dir", err=True)
+    if not os.access(config, os.R_OK):
+        click.echo(f"{config} cannot be read either: stop PostgreSQL by hand, and see --run-dir", err=True)
         sys.exit(1)
     click.echo("running the one-shot emergency fence (it sets no latch: stop Harmony too)", err=True)
     argv = [sys.executable, "-I", "-m", "harmony_fencer", "--config", str(config), "--once", reason]
-    sys.exit(subprocess.run(argv, check=False).returncode)
+    wait_s = _wait_s(folder)
+    try:
+        process = subprocess.Popen(argv)
+    except OSError as e:
+        click.echo(f"NOT fenced: {sys.executable} cannot be started ({e}): stop PostgreSQL by hand", err=True)
+        sys.exit(1)
+    try:
+        code = process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        click.echo(f"NOT proven within {wait_s:g} s; it goes on as pid {process.pid}", err=True)
+        sys.exit(1)
+    word = "proven: PostgreSQL is gone" if code == 0 else f"NOT proven (exit code {code})"
+    click.echo(f"one-shot fence {word}", err=code != 0)
+    sys.exit(0 if code == 0 else 1)
 
 
 @click.command()
@@ -118,6 +197,12 @@ def unfence(run_dir: str | None, config_file: str | None) -> None:
         sys.exit(1)
     if isinstance(reply, protocol.Done):
         click.echo(reply.detail)
+        click.echo(
+            "Next, the agent brings this node back as what the cluster needs: see `harmonyctl status`."
+        )
         return
-    click.echo(f"the fencer refused: {reply}", err=True)
+    if isinstance(reply, protocol.Refusal):
+        click.echo(f"the fencer refused: {reply.error}: {reply.detail}", err=True)
+    else:
+        click.echo(f"the fencer answered something else: {reply}", err=True)
     sys.exit(1)

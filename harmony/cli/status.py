@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -21,13 +22,15 @@ HEALTHY, DEGRADED, NO_PRIMARY, CANNOT_TELL = 0, 1, 2, 3
 
 
 def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
-    """The agent's answer. Raises OSError or msgspec.DecodeError."""
+    """The agent's answer, within `timeout_s` in all. Raises OSError or ValueError (a wrong answer)."""
+    until = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
         sock.connect(str(path))
         sock.sendall(b'{"op":"status"}\n')
         data = b""
         while not data.endswith(b"\n") and len(data) <= MAX_LINE_BYTES:
+            sock.settimeout(max(0.001, until - time.monotonic()))
             chunk = sock.recv(65536)
             if not chunk:
                 break
@@ -43,25 +46,38 @@ def health(s: StatusReply) -> tuple[int, list[str]]:
         return NO_PRIMARY, ["the cluster has no record yet: no primary was ever elected"]
     if s.cluster.primary is None:
         return NO_PRIMARY, [f"the place is vacant ({s.cluster.last_primary} left it)"]
+    by_name = {n.name: n for n in s.nodes}
+    own = by_name.get(s.myself.node)
+    if s.cluster_stale and (own is None or not own.alive):
+        return CANNOT_TELL, ["this agent has read nothing new lately, not even of itself: its view is stale"]
     if s.cluster_stale:
         return NO_PRIMARY, [f"the heartbeat of {s.cluster.primary} is stale"]
     if s.cluster.status not in WRITABLE_STATES:
         return NO_PRIMARY, [f"{s.cluster.primary} is recorded but says {s.cluster.status}"]
     reasons = []
+    if s.cluster.primary not in by_name:
+        reasons.append(f"the primary {s.cluster.primary} is not among the configured members")
     for n in s.nodes:
-        m = n.member
-        if m is None or not n.alive:
-            reasons.append(f"{n.name} is not heard of")
-            continue
-        if not m.fencer_ok:
-            reasons.append(f"the fencer of {n.name} does not answer")
-        if m.latched:
-            reasons.append(f"{n.name} is latched by an operator")
-        if n.name != s.cluster.primary and not m.streaming:
-            reasons.append(f"{n.name} does not stream ({m.why})")
-        if n.name == s.cluster.primary and m.db != "primary":
-            reasons.append(f"the database of {n.name} is {m.db}")
+        reasons += _complaints(n, s.cluster.primary)
     return (DEGRADED if reasons else HEALTHY), reasons
+
+
+def _complaints(n: NodeView, primary: str | None) -> list[str]:
+    m = n.member
+    if m is None or not n.alive:
+        return [f"{n.name} is not heard of"]
+    found = []
+    if not m.fencer_ok:
+        found.append(f"the fencer of {n.name} does not answer")
+    if m.latched:
+        found.append(f"{n.name} is latched by an operator")
+    if n.name == primary and m.db != "primary":
+        found.append(f"the database of {n.name} is {m.db}")
+    if n.name != primary and m.db == "primary":
+        found.append(f"{n.name} is not the recorded primary, but its database says it is one")
+    elif n.name != primary and not (m.streaming and m.db == "standby"):
+        found.append(f"{n.name} does not stream ({m.why})")
+    return found
 
 
 def lsn(value: int) -> str:
@@ -98,7 +114,8 @@ def _row(s: StatusReply, n: NodeView) -> list[str]:
 
 def show(s: StatusReply, code: int, reasons: list[str]) -> None:
     """Print for people."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, markup=False, highlight=False, emoji=False)  # texts are not ours
     c = s.cluster
     word = ["healthy", "degraded", "NO PRIMARY", "cannot tell"][code]
     age = f", heartbeat {s.cluster_age_s:.1f} s ago" if s.cluster_age_s is not None else ""
@@ -122,9 +139,43 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
     if me.failures:
         console.print(f"{me.failures} heartbeats in a row have failed here")
     if me.latched:
-        console.print(f"latched: {me.latched}")
+        console.print(f"latched: {me.latched}; `harmonyctl unfence` ends it")
     if not me.fencer_ok or me.fencer_detail:
         console.print(f"fencer of {me.node}: {me.fencer_detail}")
+
+
+def _without_agent(folder: Path, why: str, *, as_json: bool) -> None:
+    """What the fencer alone can say: of this node, nothing of the cluster."""
+    fencer: protocol.Status | None = None
+    also = ""
+    try:
+        answer = call(str(folder / "fencer.sock"), protocol.StatusRequest(), timeout_s=3.0)
+        if isinstance(answer, protocol.Status):
+            fencer = answer
+        else:
+            also = f"the fencer does not say its status: {answer}"
+    except FencerUnavailable as e:
+        also = f"nor does the fencer ({e})"
+    if as_json:
+        reasons = [r for r in (why, also) if r]
+        click.echo(msgspec.json.encode({"exit_code": CANNOT_TELL, "reasons": reasons, "fencer": fencer}))
+        return
+    click.echo(why, err=True)
+    if fencer is None:
+        click.echo(also, err=True)
+        return
+    left_ms = ((fencer.lease_deadline_boottime_ns or 0) - fencer.now_boottime_ns) / 1e6
+    leased = f"leased for {left_ms / 1000:.1f} s more" if fencer.active and left_ms > 0 else "no lease"
+    click.echo("Its fencer does; it knows this node only, nothing of the cluster:")
+    kind = "standby" if fencer.is_standby else "writable"
+    click.echo(f"  {fencer.node}: PostgreSQL is {fencer.postgres} ({kind} when it runs), {leased}")
+    click.echo(
+        f"  highest generation {fencer.highest}, fence proven: {'yes' if fencer.fence_proven else 'no'}"
+    )
+    if fencer.latch is not None:
+        click.echo(f"  latched by {fencer.latch.who} at {fencer.latch.at_utc}: {fencer.latch.reason}")
+    if not fencer.trusted:
+        click.echo(f"  its state file is not trusted: {fencer.trust_detail}")
 
 
 @click.command()
@@ -136,14 +187,8 @@ def status(as_json: bool, run_dir: str | None, config_file: str | None) -> None:
     folder = find_run_dir(run_dir, config_file)
     try:
         reply = ask(folder / "agent" / "agent.sock")
-    except (OSError, msgspec.DecodeError) as e:
-        click.echo(f"the agent does not answer ({folder}/agent/agent.sock: {e})", err=True)
-        try:
-            answer = call(str(folder / "fencer.sock"), protocol.StatusRequest(), timeout_s=3.0)
-            text = msgspec.json.format(msgspec.json.encode(answer), indent=2).decode()
-            click.echo(f"its fencer says:\n{text}", err=as_json)
-        except FencerUnavailable as also:
-            click.echo(f"nor does the fencer: {also}", err=True)
+    except (OSError, ValueError) as e:
+        _without_agent(folder, f"the agent does not answer ({folder}/agent/agent.sock: {e})", as_json=as_json)
         sys.exit(CANNOT_TELL)
     code, reasons = health(reply)
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from harmony.config import load
+from harmony.config import load, read
 from harmony.errors import ConfigError
 
 DEFAULT_RUN_DIR = "/run/harmony"
@@ -21,6 +21,19 @@ def find_run_dir(run_dir: str | None, config: str | None) -> Path:
     try:
         return Path(load(file).node.run_dir)
     except ConfigError:
-        if config is not None:
-            click.echo(f"{config} cannot be used; trying {DEFAULT_RUN_DIR}", err=True)
-        return Path(DEFAULT_RUN_DIR)
+        found = _stated(file)
+        if config is not None or found != DEFAULT_RUN_DIR:
+            click.echo(f"{file} is not valid; looking in {found}", err=True)
+        return Path(found)
+
+
+def _stated(file: str) -> str:
+    """node.run_dir of a file that has problems elsewhere."""
+    stated: object = os.environ.get("HARMONY_NODE_RUN_DIR")
+    if stated is None:
+        try:
+            node = read(file).get("node")
+        except ConfigError:
+            node = None
+        stated = node.get("run_dir") if isinstance(node, dict) else None
+    return stated if isinstance(stated, str) and stated.startswith("/") else DEFAULT_RUN_DIR
