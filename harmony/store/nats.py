@@ -331,6 +331,7 @@ class NatsStore:
                     },
                 },
             )
+        gone: str | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._deliver, receive)
@@ -341,12 +342,14 @@ class NatsStore:
                         await self._api(client, f"CONSUMER.INFO.{self._stream}.{info['name']}", {})
                 nursery.cancel_scope.cancel()
         except* (_ApiError, StoreUnavailable, trio.TooSlowError) as group:
-            raise StoreUnavailable(f"the watch's consumer is gone: {group.exceptions[0]}") from None
+            gone = str(group.exceptions[0])  # raising in here would make a group of it
         finally:
             send.close()
             with trio.CancelScope(shield=True), trio.move_on_after(0.3):
                 with contextlib.suppress(OSError, nats.errors.Error):
                     await trio_asyncio.aio_as_trio(subscription.unsubscribe)()
+        if gone is not None:
+            raise StoreUnavailable(f"the watch's consumer is gone: {gone}")
 
     async def _deliver(self, receive: trio.MemoryReceiveChannel[Msg]) -> None:
         cut = len(f"$KV.{self._bucket}.")
