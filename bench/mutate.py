@@ -73,7 +73,10 @@ def environment(folder: Path, tree: Path) -> Path:
 
 def main() -> None:
     survivors = []
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for rule, file, was, now, tests in RULES:
+        if wanted not in rule:
+            continue
         with tempfile.TemporaryDirectory(prefix="mutate-") as name:
             folder = Path(name) / "tree"
             shutil.copytree(
