@@ -1,0 +1,54 @@
+"""Finds the processes of a test host, by name, in its cgroup; it looks nowhere else.
+
+A process goes by its program's name, or by that of the script or module that Python runs: `postgres`,
+`harmony-supervisor`, `harmony_fencer`, `harmony.agent`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.hosts import cgroups
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of the host: its number inside and outside, its arguments, its cgroup as the host names it."""
+
+    pid: int
+    outside_pid: int
+    argv: tuple[str, ...]
+    cgroup: str
+
+
+def find(cgroup: Path, name: str) -> list[Process]:
+    """Every process of that name in the host's cgroup and below."""
+    found: list[Process] = []
+    for outside in cgroups.pids(cgroup):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            process, comm = _look(outside, cgroup.name)
+            if name in {comm, *_names(process.argv)}:
+                found.append(process)
+    return found
+
+
+def _look(outside: int, top: str) -> tuple[Process, str]:
+    folder = Path(f"/proc/{outside}")
+    argv = tuple((folder / "cmdline").read_text(errors="replace").rstrip("\0").split("\0"))
+    numbers = _line(folder / "status", "NSpid:").split()
+    inside = "/" + _line(folder / "cgroup", "0::").partition(f"/{top}/")[2]
+    return Process(int(numbers[-1]), outside, argv, inside), (folder / "comm").read_text().rstrip("\n")
+
+
+def _line(file: Path, start: str) -> str:
+    return next((line for line in file.read_text().splitlines() if line.startswith(start)), start + " 0")
+
+
+def _names(argv: tuple[str, ...]) -> set[str]:
+    program = Path(argv[0]).name
+    if program.startswith("python"):
+        script = next((argument for argument in argv[1:] if not argument.startswith("-")), "")
+        return {program, Path(script).name}
+    return {program}
