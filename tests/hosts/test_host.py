@@ -70,7 +70,7 @@ def test_processes_have_a_unit_and_two_numbers(host: HarmonyHost) -> None:
     assert str(journald.pid) == host.show("systemd-journald", "MainPID")
     assert journald.cgroup == "/system.slice/systemd-journald.service"
     assert Path(f"/proc/{journald.outside_pid}/comm").read_text() == "systemd-journal\n"
-    host.run(["systemd-run", "--unit=sleeper", "sleep", "600"])
+    host.run(["systemd-run", "--property=Type=exec", "--unit=sleeper", "sleep", "600"])
     assert host.signal("sleep", signal.SIGKILL) == 1
     assert host.signal("nothing goes by this name", signal.SIGKILL) == 0
 
