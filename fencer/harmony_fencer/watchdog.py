@@ -21,7 +21,7 @@ import fcntl
 import glob
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -123,37 +123,42 @@ class Device:
             self._ioctl(fd, WDIOC_SETTIMEOUT, INT.pack(wanted_s))
         except OSError as e:  # fixed, or out of its range: what is in force decides
             refused = f" (it refused {wanted_s} s: {e.strerror})"
-        try:
+        with self._driver("it does not tell its timeout", ANOTHER):
             in_force_s: int = INT.unpack(self._ioctl(fd, WDIOC_GETTIMEOUT, bytes(INT.size)))[0]
-        except OSError as e:
-            raise self._error(f"it does not tell its timeout ({e.strerror})", ANOTHER) from e
         if in_force_s > timeout_s:
             cause = f"its timeout is {in_force_s} s{refused}, longer than the {timeout_s:g} s asked for"
             raise self._error(cause, f"configure {in_force_s} s, or {ANOTHER}")
+        # An earlier holder's magic close can outlast its close (systemd's does): then our death would stop
+        # the timer. Any other byte takes it back.
+        with self._driver("it cannot be written to", ANOTHER):
+            os.write(fd, b"\0")
         self.pet()  # one that cannot be petted is found now
         return float(in_force_s)
 
     def pet(self) -> None:
         if self._fd is None:
             raise self._error("it is not armed", "arm it first")
-        try:
+        with self._driver("it could not be petted", "see the kernel's log"):
             self._ioctl(self._fd, WDIOC_KEEPALIVE, bytes(INT.size))
-        except OSError as e:
-            raise self._error(f"it could not be petted ({e.strerror})", "see the kernel's log") from e
 
     def disarm(self) -> bool:
         if self._fd is None:
             return True
         try:
-            # First, while it is open: a magic close fails under nowayout too, but has closed it by then.
+            # Not by magic close ("V"): under nowayout that fails too, but only once the device is closed.
             self._ioctl(self._fd, WDIOC_SETOPTIONS, INT.pack(WDIOS_DISABLECARD))
         except OSError:
             return False
-        with contextlib.suppress(OSError):
-            os.write(self._fd, b"V")
         os.close(self._fd)
         self._fd = None
         return True
+
+    @contextlib.contextmanager
+    def _driver(self, cause: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise self._error(f"{cause} ({e.strerror})", what) from e
 
     def _error(self, cause: str, what: str) -> WatchdogError:
         return WatchdogError(f"{self._path}: {cause}; {what}")

@@ -188,10 +188,10 @@ def test_arm_pet_disarm(file: Path) -> None:
     device.pet()
     assert driver.asked[-2:] == [WDIOC_KEEPALIVE] * 2
     assert holders(str(file))
-    assert file.read_bytes() == b""
+    assert file.read_bytes() == b"\0"  # takes an earlier holder's magic close back
     assert device.disarm()
     assert driver.asked[-1] == WDIOC_SETOPTIONS
-    assert file.read_bytes() == b"V"
+    assert b"V" not in file.read_bytes()  # it would outlast us
     assert not device.armed
     assert not holders(str(file))
     assert device.arm(1) == 1.0  # once more
@@ -238,7 +238,8 @@ def test_a_device_that_cannot_keep_the_promise_is_refused(
     assert cause in text
     assert device.armed is nowayout
     assert ("the host resets unless it is petted on" in text) is nowayout
-    assert file.read_bytes() == (b"" if nowayout else b"V")
+    assert b"V" not in file.read_bytes()
+    assert bool(holders(str(file))) is nowayout
 
 
 def test_nowayout_stays_open_and_is_petted_on(file: Path) -> None:
@@ -248,7 +249,7 @@ def test_nowayout_stays_open_and_is_petted_on(file: Path) -> None:
     device.arm(5)
     assert not device.disarm()
     assert device.armed
-    assert file.read_bytes() == b""  # no magic close either
+    assert b"V" not in file.read_bytes()
     device.pet()
     assert driver.asked[-1] == WDIOC_KEEPALIVE
 
