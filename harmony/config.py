@@ -1,6 +1,6 @@
 """The configuration: one TOML file and HARMONY_* variables, strict, every problem at once with its place.
 
-It starts nothing and looks at the machine only in `resolve` (users, PostgreSQL's programs, data directory).
+It starts nothing and does not look at the machine (resolve.py does).
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import pwd
 import re
-import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ _ROLE = r"^[^\s:/'-][^\s:/']{0,62}\Z"
 _URL = r"^(nats|tls|ws|wss)://[^\s,/]+/?\Z"
 _ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
 _LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
+_UNIT = r"^[A-Za-z0-9:_.@\\-]{1,200}\.service\Z"
 WORDS = {
     _NAME: "1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9",
     _HOST: "a host name or an IP address, without port",
@@ -35,6 +34,7 @@ WORDS = {
     _ROLE: "a user, role or database name without spaces, quotes, : and /",
     _URL: "nats://HOST:PORT (or tls, ws, wss)",
     _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
+    _UNIT: "a service's name with .service at its end",
     _LISTEN: "addresses separated by commas, or *",
 }
 SOCKET_MAX = 107
@@ -47,6 +47,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100)]
 Role = Annotated[str, msgspec.Meta(pattern=_ROLE)]
 Url = Annotated[str, msgspec.Meta(pattern=_URL)]
+Unit = Annotated[str, msgspec.Meta(pattern=_UNIT)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -99,6 +100,10 @@ class Replication(_Section, frozen=True):
 
 class Postgresql(_Section, frozen=True):
     data_dir: Absolute
+    config_file: Absolute | None = None
+    run: Literal["pg_ctl", "systemd"] = "pg_ctl"
+    unit: Unit | None = None
+    cgroup: bool = True
     bin_dir: Absolute | None = None
     library_dir: Absolute | None = None
     user: Role | None = None
@@ -109,6 +114,12 @@ class Postgresql(_Section, frozen=True):
     replication_user: Role = "replicator"
     replication_passfile: Absolute | None = None
     start_timeout_s: Seconds = 60.0
+
+
+class Watchdog(_Section, frozen=True):
+    mode: Literal["off", "automatic", "required"] = "off"
+    device: Absolute = "/dev/watchdog"
+    timeout_s: Annotated[int, msgspec.Meta(ge=1, le=60)] = 1
 
 
 class Agent(_Section, frozen=True):
@@ -135,6 +146,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     timing: Timing
     replication: Replication
     postgresql: Postgresql
+    watchdog: Watchdog
     agent: Agent
     supervisor: Supervisor
     log: Log
@@ -147,6 +159,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "timing": TimingSection,
     "replication": Replication,
     "postgresql": Postgresql,
+    "watchdog": Watchdog,
     "agent": Agent,
     "supervisor": Supervisor,
     "log": Log,
@@ -278,7 +291,7 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
     )
     values = {name: _section(kind, raw.get(name, {}), problems, name) for name, kind in SECTIONS.items()}
     members = _members(raw.get("members", {}), problems)
-    timing = _timing(values["timing"], raw.get("timing"), problems)
+    timing = _timing(values["timing"], raw.get("timing"), values["watchdog"], problems)
     _together(values, members, problems)
     if not problems and timing is not None:
         whole = {**values, "members": members, "timing": msgspec.structs.asdict(timing)}
@@ -301,14 +314,18 @@ def _members(raw: object, problems: list[str]) -> dict[str, dict[str, object]]:
     return found
 
 
-def _timing(good: dict[str, object], raw: object, problems: list[str]) -> Timing | None:
+def _timing(
+    good: dict[str, object], raw: object, watchdog: dict[str, object], problems: list[str]
+) -> Timing | None:
     """The preset with the single values over it; not judged while one of them is wrong in itself."""
     names = {f.name for f in msgspec.structs.fields(TimingSection)}
     if not isinstance(raw, dict | None) or any(k in names and k not in good for k in raw or {}):
         return None
     section = msgspec.convert(good, TimingSection)
     values = {k: v for k, v in msgspec.structs.asdict(section).items() if k != "preset" and v is not None}
-    timing = msgspec.structs.replace(PRESETS[section.preset], **values)
+    w = msgspec.convert(watchdog, Watchdog)
+    reset_s = 0.0 if w.mode == "off" else float(w.timeout_s)
+    timing = msgspec.structs.replace(PRESETS[section.preset], watchdog_timeout_s=reset_s, **values)
     violation = timing.violation()
     if violation is not None:
         problems.append(f"timing.failover_timeout_s (preset {section.preset}): {violation}")
@@ -324,6 +341,11 @@ def _together(
         name = values[section].get(key)
         if members and isinstance(name, str) and name not in members:
             problems.append(f"{section}.{key}: {name} is not in [members]{_hint(name, list(members))}")
+    postgresql = values["postgresql"]
+    if postgresql.get("run") == "systemd" and postgresql.get("unit") is None:
+        problems.append(
+            'postgresql.unit: missing; run = "systemd" needs its name, such as postgresql@15-main.service'
+        )
     replication = values["replication"]
     count = replication.get("synchronous_count", 1)
     if members and replication.get("mode", "quorum") == "quorum" and isinstance(count, int):
@@ -352,108 +374,3 @@ def _together(
                 f"{section}.{key}: {path} has {len(os.fsencode(path))} bytes, a Unix socket's path at most "
                 f"{SOCKET_MAX}; choose a shorter folder"
             )
-
-
-# ---------------------------------------------------------------- resolve
-
-
-def _user(name: str | None, place: str, problems: list[str]) -> tuple[int, int]:
-    if name is None:
-        return os.getuid(), os.getgid()
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        problems.append(f"{place}: no such user: {name}")
-        return -1, -1
-    if os.geteuid() not in {0, entry.pw_uid}:
-        problems.append(f"{place}: {name}: only root can start a process as another user")
-    return entry.pw_uid, entry.pw_gid
-
-
-def _major(data_dir: str) -> str:
-    try:
-        return (Path(data_dir) / "PG_VERSION").read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def find_bin_dir(data_dir: str, root: str = "/usr/lib/postgresql") -> str | None:
-    """Debian's PostgreSQL of the data directory's major version (the newest of all without one)."""
-    wanted = _major(data_dir)
-    found = [
-        p
-        for p in Path(root).glob("*/bin")
-        if re.match(r"\d+(\.\d+)?\Z", p.parent.name)
-        and (p / "postgres").exists()
-        and wanted in {"", p.parent.name}
-    ]
-    return str(max(found, key=lambda p: float(p.parent.name))) if found else None
-
-
-def resolve(c: Config) -> dict[str, dict[str, object]]:
-    """What the three processes are started with. Raises ConfigError where the machine does not fit."""
-    problems: list[str] = []
-    p = c.postgresql
-    agent_uid, agent_gid = _user(c.agent.user, "agent.user", problems)
-    postgres_uid, _ = _user(p.user, "postgresql.user", problems)
-    if p.user is None and os.geteuid() == 0:
-        problems.append("postgresql.user: missing; PostgreSQL refuses to run as root, name its user")
-    try:
-        data = Path(p.data_dir).stat()
-        if not stat.S_ISDIR(data.st_mode):
-            problems.append(f"postgresql.data_dir: {p.data_dir} is no directory")
-        elif postgres_uid >= 0 and data.st_uid != postgres_uid:
-            problems.append(
-                f"postgresql.data_dir: {p.data_dir} belongs to uid {data.st_uid}, PostgreSQL runs as uid "
-                f"{postgres_uid} ({p.user or 'our own user'}); set postgresql.user, or chown the directory"
-            )
-    except OSError as e:
-        problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}; initdb or restore it first")
-    bin_dir = p.bin_dir or find_bin_dir(p.data_dir)
-    if bin_dir is None:
-        version = f" {_major(p.data_dir)}".rstrip()
-        problems.append(
-            f"postgresql.bin_dir: no PostgreSQL{version} found under /usr/lib/postgresql; name its folder"
-        )
-    else:
-        problems.extend(
-            f"postgresql.bin_dir: {bin_dir} has no {program}"
-            for program in ("postgres", "pg_ctl", "pg_controldata")
-            if not (Path(bin_dir) / program).exists()
-        )
-    if problems:
-        raise ConfigError(problems)
-    return {
-        "supervisor": {
-            "node": c.node.name,
-            "run_dir": c.node.run_dir,
-            "state_dir": c.node.state_dir,
-            "agent_user": c.agent.user,
-            "ping_interval_s": c.supervisor.ping_interval_s,
-            "ping_timeout_s": c.supervisor.ping_timeout_s,
-            "fence_timeout_s": c.timing.fence_timeout_s,
-            "log_format": c.log.format,
-        },
-        "fencer": {
-            "node": c.node.name,
-            "agent_uid": agent_uid,
-            "agent_gid": agent_gid,
-            "postgres_user": p.user,
-            "data_dir": str(Path(p.data_dir).resolve()),
-            "bin_dir": bin_dir,
-            "library_dir": p.library_dir,
-            "port": c.members[c.node.name].port,
-            "listen_addresses": p.listen_addresses,
-            "socket_dir": p.socket_dir,
-            "members": msgspec.to_builtins(c.members),
-            "replication_user": p.replication_user,
-            "replication_passfile": p.replication_passfile,
-            "lease_s": c.timing.lease_s,
-            "fence_timeout_s": c.timing.fence_timeout_s,
-            "start_timeout_s": p.start_timeout_s,
-            "state_dir": c.node.state_dir,
-            "run_dir": c.node.run_dir,
-            "log_format": c.log.format,
-        },
-        "agent": msgspec.to_builtins(c),
-    }

@@ -89,6 +89,22 @@ TEXT: dict[str, tuple[str, str]] = {
         "the data directory; initialised, and owned by postgresql.user",
         "of another cluster: refused by its system identifier",
     ),
+    "postgresql.config_file": (
+        "the user's postgresql.conf",
+        "default: in the data directory, else Debian's in /etc/postgresql that names it",
+    ),
+    "postgresql.run": (
+        "pg_ctl: the fencer starts PostgreSQL itself; systemd: it starts and stops postgresql.unit",
+        "systemd: the unit's own limits and sandbox; a start waits for systemd, a fence never does",
+    ),
+    "postgresql.unit": (
+        "PostgreSQL's unit, such as postgresql@15-main.service",
+        "needed for run = systemd; Harmony then starts it: disable it, or let harmony-boot-fence go first",
+    ),
+    "postgresql.cgroup": (
+        "a cgroup (v2) of its own for PostgreSQL, where the host has it (run = pg_ctl)",
+        "false: a fence finds its processes one by one, which takes some ten milliseconds longer",
+    ),
     "postgresql.bin_dir": ("PostgreSQL's programs", "default: Debian's, of the data directory's version"),
     "postgresql.library_dir": ("LD_LIBRARY_PATH for them", "only for relocated builds"),
     "postgresql.user": ("OS user PostgreSQL runs as", "needed when the supervisor is root"),
@@ -113,6 +129,15 @@ TEXT: dict[str, tuple[str, str]] = {
     "postgresql.start_timeout_s": (
         "longest start or promotion",
         "higher: longer crash recovery is waited for; lower: given up sooner",
+    ),
+    "watchdog.mode": (
+        "off; automatic: used where the device can be had; required: without it this node never leads",
+        "a fencer that hangs together with its supervisor is only ended by a watchdog",
+    ),
+    "watchdog.device": ("the kernel's watchdog device", "systemd's RuntimeWatchdogSec must not hold it"),
+    "watchdog.timeout_s": (
+        "the host resets when it was not petted for so long; counts in the timing inequality",
+        "higher than fence_timeout_s: a longer failover_timeout_s; lower: resets under heavy load",
     ),
     "agent.user": ("OS user of the agent", "default: the supervisor's; name an unprivileged one"),
     "supervisor.ping_interval_s": (
@@ -246,7 +271,7 @@ def markdown() -> str:
         "| parameter | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),
     ]
-    for key in msgspec.structs.asdict(PRESETS["fast"]):
+    for key in (k for k in msgspec.structs.asdict(PRESETS["fast"]) if k != "watchdog_timeout_s"):
         lines.append(f"| `{key}` | " + " | ".join(f"{getattr(PRESETS[n], key):g}" for n in names) + " |")
     lines.append("| lease (derived), s | " + " | ".join(f"{PRESETS[n].lease_s:g}" for n in names) + " |")
     return "\n".join(lines) + "\n"

@@ -27,6 +27,10 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent_gid: int
     postgres_user: str | None
     data_dir: str
+    config_file: str  # the user's postgresql.conf
+    run: Literal["pg_ctl", "systemd"]
+    unit: str  # PostgreSQL's unit, for run = "systemd"
+    cgroup: bool  # put PostgreSQL into a cgroup of its own where the host has cgroup v2
     bin_dir: str
     library_dir: str | None
     port: int
@@ -38,6 +42,9 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_s: float
     fence_timeout_s: float
     start_timeout_s: float
+    watchdog_mode: Literal["off", "automatic", "required"]
+    watchdog_device: str
+    watchdog_timeout_s: float
     state_dir: str
     run_dir: str
     log_format: Literal["auto", "json", "console"]

@@ -1,108 +1,136 @@
 """The fence: PostgreSQL stopped and proven gone, rung by rung, within its budget.
 
-A fence counts only when no process of the data directory lives and nothing listens on its port (I6).
-standby.signal comes first, so that the fence lasts even if this host dies halfway.
+Cutting off writes and tearing down are two things. Under deadline the first rung is `freeze`: every process
+stops where it is, in about a millisecond, and never runs again; then standby.signal is written, so that the
+fence lasts even if this host dies halfway; then `kill`. A planned demotion begins with `fast`, PostgreSQL's
+own clean shutdown, while time allows. (`immediate`, SIGQUIT, is no rung: a frozen process cannot answer it,
+and for the data it is what a kill is: crash recovery at the next start. docs/adr/006.)
+
+A fence counts only when no process of the data directory lives, nothing is left in its cgroup, and nothing
+listens on its port (I6). What could not be killed stays frozen.
 """
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 
 import trio
 
 from harmony_fencer import processes
 from harmony_fencer.clock import NS, boot_ns
-from harmony_fencer.config import FencerConfig
-from harmony_fencer.postgres import Postgres
+from harmony_fencer.engine import Outcome
 from harmony_fencer.protocol import Rung
+from harmony_fencer.tree import Tree
 
-POLL_S = 0.005
-MARK_SHARE = 0.10
-FAST_SHARE = 0.40
-IMMEDIATE_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    proven: bool
-    detail: str
-    rungs: tuple[Rung, ...]
-    took_ms: float
+POLL_S = 0.002
+PORT_POLL_S = 0.02
+AGAIN_S = 0.1
+MARK_SHARE = 0.15
 
 
 class Ladder:
     """One fence of one data directory; `run()` may be cancelled between any two polls."""
 
-    def __init__(self, config: FencerConfig, postgres: Postgres) -> None:
-        self._c = config
-        self._pg = postgres
+    def __init__(
+        self,
+        tree: Tree,
+        mark_standby: Callable[[], Awaitable[None]],
+        *,
+        port: int,
+        fence_timeout_s: float,
+        clean_until_ns: int = 0,
+    ) -> None:
+        self._tree = tree
+        self._mark_standby = mark_standby
+        self._port = port
+        self._fence_timeout_s = fence_timeout_s
+        self._clean_until = clean_until_ns
         self._started = boot_ns()
-        self._end = self._started + round(config.fence_timeout_s * NS)
+        self._end = max(self._started, clean_until_ns) + round(fence_timeout_s * NS)
         self._rungs: list[Rung] = []
 
     async def run(self) -> Outcome:
         """Climb until proven gone or the budget is spent."""
-        note = await self._mark()
-        budget = self._c.fence_timeout_s
-        if self._pg.pids() and self._pg.postmaster() is not None:
-            await self._rung("fast", signal.SIGINT, budget * FAST_SHARE)
-            if self._pg.pids():
-                await self._rung("immediate", signal.SIGQUIT, budget * IMMEDIATE_SHARE)
-        if self._pg.pids():
-            await self._kill()
-        proven = await self._port_closed()
-        left = self._pg.pids()
+        notes = ""
+        if not self._tree.gone():
+            if self._clean_until > self._started and not self._tree.halted:
+                notes = await self._mark()
+                await self._fast()
+            if not self._tree.gone():
+                self._freeze()
+                notes = await self._mark()
+                await self._kill()
+        if not notes:
+            notes = await self._mark()
+        while not self._tree.gone() and boot_ns() < self._end:
+            await self._kill()  # somebody started one meanwhile
+        closed = await self._port_closed()
+        return self._outcome(notes, closed=closed)
+
+    def _outcome(self, notes: str, *, closed: bool) -> Outcome:
         took_ms = (boot_ns() - self._started) / 1e6
+        left = self._tree.everybody()
+        if not left and closed:
+            self._tree.released()
+            return Outcome(True, notes.strip("; "), tuple(self._rungs), took_ms)
+        rung = self._rungs[-1].name if self._rungs else "proof"
         if left:
-            return Outcome(False, f"{note}processes live on: {left}", tuple(self._rungs), took_ms)
-        if not proven:
-            detail = f"{note}no process is left, but something listens on port {self._c.port}"
-            return Outcome(False, detail, tuple(self._rungs), took_ms)
-        return Outcome(True, note, tuple(self._rungs), took_ms)
+            who = ", ".join(processes.describe(p) for p in left[:8]) + (" …" if len(left) > 8 else "")
+            what = (
+                f"after rung {rung} {len(left)} processes live on: {who}. They are frozen and write nothing "
+                "more of their own, but it is tried again until they are gone; one in state D waits for its "
+                "disk: repair that, or power this host off before anybody forces a promotion elsewhere"
+            )
+        else:
+            what = (
+                f"after rung {rung} no process of the data directory is left, but something listens on port "
+                f"{self._port}: {processes.listeners(self._port)}. Stop it, or correct the port in [members]"
+            )
+        return Outcome(False, f"{notes}{what}"[:900], tuple(self._rungs), took_ms)
+
+    def _rung(self, name: str, begun_ns: int, detail: str) -> None:
+        self._rungs.append(Rung(name, (boot_ns() - begun_ns) / 1e6, self._tree.gone(), detail))
 
     async def _mark(self) -> str:
         """A full, broken or hung disk must not keep us from stopping PostgreSQL: what went wrong, or ""."""
         try:
-            with trio.move_on_after(self._c.fence_timeout_s * MARK_SHARE):
-                await trio.to_thread.run_sync(self._pg.mark_standby, abandon_on_cancel=True)
+            with trio.move_on_after(self._fence_timeout_s * MARK_SHARE):
+                await self._mark_standby()
                 return ""
         except OSError as e:
             return f"standby.signal could not be written: {e}; "
-        return "standby.signal could not be written in time; "
+        return "standby.signal could not be written in time (is the disk hung?); "
 
-    async def _rung(self, name: str, number: signal.Signals, seconds: float) -> None:
+    async def _fast(self) -> None:
         begun = boot_ns()
-        master = self._pg.postmaster()
-        sent = master is not None and processes.send(master, number, self._c.data_dir)
-        gone = await self._gone(seconds) if sent else not self._pg.pids()
-        detail = f"{number.name} to postmaster {master}" if sent else "no postmaster to tell"
-        self._rungs.append(Rung(name, (boot_ns() - begun) / 1e6, gone, detail))
+        master = self._tree.postmaster()
+        sent = master is not None and self._tree.signal_postmaster(signal.SIGINT)
+        while sent and not self._tree.gone() and boot_ns() < self._clean_until:
+            await trio.sleep(POLL_S * 2)
+        detail = f"SIGINT to postmaster {master}" if sent else "no postmaster to tell"
+        self._rung("fast", begun, detail)
+
+    def _freeze(self) -> None:
+        begun = boot_ns()
+        self._tree.halt()
+        self._rung("freeze", begun, self._tree.halted_how)
 
     async def _kill(self) -> None:
-        """SIGKILL to every process, again and again: a postmaster may fork between two looks."""
-        begun, killed = boot_ns(), set[int]()
+        """Everything, again and again: until a look at the whole machine finds nobody."""
+        begun, seen = boot_ns(), len(self._tree.everybody())
         while True:
-            pids = self._pg.pids()
-            for pid in pids:
-                if processes.send(pid, signal.SIGKILL, self._c.data_dir):
-                    killed.add(pid)
-            if not pids or boot_ns() >= self._end:
+            self._tree.kill()
+            again = min(self._end, boot_ns() + round(AGAIN_S * NS))
+            while boot_ns() < again and not self._tree.quiet():
+                await trio.sleep(POLL_S)
+            if self._tree.gone() or boot_ns() >= self._end:
                 break
-            await trio.sleep(POLL_S)
-        self._rungs.append(Rung("kill", (boot_ns() - begun) / 1e6, not pids, f"{len(killed)} processes"))
-
-    async def _gone(self, seconds: float) -> bool:
-        until = min(self._end, boot_ns() + round(seconds * NS))
-        while boot_ns() < until:
-            if not self._pg.pids():
-                return True
-            await trio.sleep(POLL_S)
-        return not self._pg.pids()
+        self._rung("kill", begun, f"{seen} processes")
 
     async def _port_closed(self) -> bool:
-        while processes.listening(self._c.port):
+        while processes.listening(self._port):
             if boot_ns() >= self._end:
                 return False
-            await trio.sleep(POLL_S)
+            await trio.sleep(PORT_POLL_S)
         return True

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from harmony_fencer.durable import seal, unseal
 from harmony_fencer.protocol import Generation
+
+NAME = "lease.json"
 
 
 class Lease(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,19 +29,20 @@ def clamp(deadline_ns: int, now_ns: int, lease_ns: int) -> int:
 def save(path: Path, lease: Lease) -> None:
     """Atomic, not fsync'd: it is worthless after a reboot anyway. Raises OSError."""
     temporary = path.with_suffix(".new")
-    temporary.write_bytes(msgspec.json.encode(lease))
+    temporary.write_bytes(seal(msgspec.json.encode(lease)))
     temporary.rename(path)
 
 
 def clear(path: Path) -> None:
+    """Raises OSError; a missing one is clear already."""
     path.unlink(missing_ok=True)
 
 
 def load(path: Path, *, boot_id: str, now_ns: int, lease_ns: int) -> Lease | None:
     """The lease in force, or None: none, unreadable, of another boot, over, or too far in the future."""
     try:
-        lease = msgspec.json.decode(path.read_bytes(), type=Lease)
-    except (OSError, msgspec.DecodeError):
+        lease = msgspec.json.decode(unseal(path.read_bytes()), type=Lease)
+    except (OSError, ValueError):
         return None
     if lease.boot_id != boot_id or not now_ns < lease.deadline_boottime_ns <= now_ns + lease_ns:
         return None

@@ -2,7 +2,9 @@
 
 A process is PostgreSQL's when its executable is named postgres or postmaster and its working directory
 *is* the data directory (device and inode: PostgreSQL changes into it at once, backends inherit it), or,
-while it is just starting, when its -D names it. Nobody else's process is ever signalled.
+while it is just starting, when its arguments or PGDATA name it; and so are the descendants of such a
+process (an archive_command, a COPY … PROGRAM). Every signal goes through a pidfd that was opened before
+the process was verified: a pid that has passed to another program is never signalled.
 """
 
 from __future__ import annotations
@@ -11,82 +13,198 @@ import contextlib
 import os
 import select
 import signal
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 NAMES = {"postgres", "postmaster"}
+MAX_PASSES = 50
+Identity = tuple[int, int]
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat after the name: state, ppid, …; [] when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _alive(pid: int) -> bool:
+    """Not ended: PID 1 may reap an orphan late, a zombie is dead all the same."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in {"Z", "X"}
+
+
+def identity(data_dir: str) -> Identity | None:
+    """(device, inode): the same through every symlink and bind mount."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        found = Path(data_dir).stat()
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+        return None
+    return found.st_dev, found.st_ino
 
 
-def _belongs(pid: int, identity: tuple[int, int], data_dir: str) -> bool:
+def _named(pid: int) -> list[str]:
+    """The data directory that a starting postgres was told, before it has changed into it."""
+    argv = [os.fsdecode(a) for a in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    found = [b for a, b in pairwise(argv) if a == "-D"]
+    for argument in argv[1:]:
+        if argument.startswith("-D"):
+            found.append(argument[2:])
+        elif argument.startswith("--data") and "=" in argument:
+            found.append(argument.partition("=")[2])
+    if not found:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found = [os.fsdecode(e[7:]) for e in environment if e.startswith(b"PGDATA=")]
+    return [f for f in found if f]
+
+
+def belongs(pid: int, wanted: Identity) -> bool:
     """Whether `pid` is, at this moment, a live PostgreSQL process of the data directory."""
     try:
         exe = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
         if exe not in NAMES:
             return False
-        cwd = Path(f"/proc/{pid}/cwd").stat()
-        if (cwd.st_dev, cwd.st_ino) == identity:
+        cwd = Path(f"/proc/{pid}/cwd")
+        there = cwd.stat()
+        if (there.st_dev, there.st_ino) == wanted:
             return _alive(pid)
-        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"-D" in argv[:-1]:
-            named = Path(os.fsdecode(argv[argv.index(b"-D") + 1]))
-            there = named.stat()
-            return named.is_absolute() and (there.st_dev, there.st_ino) == identity and _alive(pid)
+        base = cwd.readlink()
+        return any(identity(str(base / name)) == wanted for name in _named(pid)) and _alive(pid)
     except (OSError, ValueError):
         return False
-    else:
-        return data_dir in {os.fsdecode(a) for a in argv[1:]} and _alive(pid)
 
 
 def of_data_dir(data_dir: str) -> list[int]:
     """Live pids of the data directory's PostgreSQL, the postmaster first where there is one."""
-    try:
-        found = Path(data_dir).stat()
-    except OSError:
+    wanted = identity(data_dir)
+    if wanted is None:
         return []
-    identity = (found.st_dev, found.st_ino)
-    pids = [
-        int(name)
-        for name in os.listdir("/proc")
-        if name.isdigit() and _belongs(int(name), identity, data_dir)
-    ]
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and belongs(int(name), wanted)]
     master = postmaster(data_dir)
     return sorted(pids, key=lambda p: (p != master, p))
 
 
-def postmaster(data_dir: str) -> int | None:
-    """The live postmaster's pid by postmaster.pid, verified; a stale file's pid is nobody's business."""
+def pid_file(data_dir: str) -> int | None:
+    """What postmaster.pid says, true or stale."""
     try:
-        first = (Path(data_dir) / "postmaster.pid").read_text().split("\n", 1)[0]
-        pid = int(first)
-        found = Path(data_dir).stat()
+        pid = int((Path(data_dir) / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
         return None
-    return pid if pid > 0 and _belongs(pid, (found.st_dev, found.st_ino), data_dir) else None
+    return pid if pid > 0 else None
+
+
+def postmaster(data_dir: str) -> int | None:
+    """The live postmaster's pid by postmaster.pid, verified; a stale file's pid is nobody's business."""
+    wanted, pid = identity(data_dir), pid_file(data_dir)
+    return pid if pid is not None and wanted is not None and belongs(pid, wanted) else None
+
+
+def children(pid: int) -> list[int]:
+    """Direct children (CONFIG_PROC_CHILDREN; [] where the kernel does not tell, or it has ended)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += [int(c) for c in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return found
+
+
+def describe(pid: int) -> str:
+    """For the operator: what it is, its state, and where in the kernel it waits."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+    except OSError:
+        title = ""
+    fields = _stat(pid)
+    where = ""
+    with contextlib.suppress(OSError):
+        where = Path(f"/proc/{pid}/wchan").read_text().strip("0\n")
+    state = fields[0] if fields else "gone"
+    return f"{pid} {' '.join(title.split())[:60]!r} (state {state}{', in ' + where if where else ''})"
+
+
+class Pinned:
+    """Processes held by pidfds, so that what is signalled is what was verified. Close it when done."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, int] = {}
+
+    def catch(self, data_dir: str, pids: Iterable[int]) -> list[int]:
+        """Pin those of `pids` that belong to the data directory, and their descendants; the new ones."""
+        wanted = identity(data_dir)
+        new: list[int] = []
+        waiting = [(pid, 0) for pid in pids]
+        while waiting:
+            pid, parent = waiting.pop(0)
+            if pid not in self._fds and self._pin(pid, parent, wanted):
+                new.append(pid)
+            if pid in self._fds:
+                waiting += [(child, pid) for child in children(pid)]
+        return new
+
+    def _pin(self, pid: int, parent: int, wanted: Identity | None) -> bool:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            return False
+        fields = _stat(pid)
+        if (parent and fields[1:2] == [str(parent)]) or (wanted is not None and belongs(pid, wanted)):
+            self._fds[pid] = fd
+            return True
+        os.close(fd)
+        return False
+
+    def send(self, number: signal.Signals, only: Iterable[int] | None = None) -> int:
+        """Signal all, or `only` those; how many were there to take it."""
+        sent = 0
+        for pid in list(self._fds) if only is None else only:
+            with contextlib.suppress(ProcessLookupError, KeyError):
+                signal.pidfd_send_signal(self._fds[pid], number)
+                sent += 1
+        return sent
+
+    def stop(self, data_dir: str, skip: set[int]) -> int:
+        """SIGSTOP to the whole tree until a look finds nobody new: a stopped process forks no more.
+
+        The postmaster and its children first, which needs no look at all of /proc; then orphans. Those in
+        `skip` are pinned and get no signal (their cgroup is frozen). Returns how many were sent.
+        """
+        master = postmaster(data_dir)
+        total = self._stop_new(data_dir, skip, lambda: [master] if master is not None else [])
+        return total + self._stop_new(data_dir, skip, lambda: [*of_data_dir(data_dir), *self._fds])
+
+    def _stop_new(self, data_dir: str, skip: set[int], look: Callable[[], list[int]]) -> int:
+        total = 0
+        for _ in range(MAX_PASSES):
+            new = self.catch(data_dir, look())
+            total += self.send(signal.SIGSTOP, [p for p in new if p not in skip])
+            if not new:
+                break
+        return total
+
+    def left(self) -> list[int]:
+        """Those that have not ended (a zombie has)."""
+        poller = select.poll()
+        for fd in self._fds.values():
+            poller.register(fd, select.POLLIN)
+        ended = {fd for fd, _ in poller.poll(0)}
+        return [pid for pid, fd in self._fds.items() if fd not in ended]
+
+    def close(self) -> None:
+        """Let go of all."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
 
 
 def send(pid: int, number: signal.Signals, data_dir: str) -> bool:
-    """Signal `pid` through a pidfd, after verifying it again: True when it was sent."""
+    """Signal one process of the data directory, after verifying it again: True when it was sent."""
+    pinned, wanted = Pinned(), identity(data_dir)
     try:
-        found = Path(data_dir).stat()
-        fd = os.pidfd_open(pid)
-    except OSError:
-        return False
-    try:
-        if not _belongs(pid, (found.st_dev, found.st_ino), data_dir):
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(fd, number)
-            return True
-        return False
+        return pinned._pin(pid, 0, wanted) and pinned.send(number) == 1  # noqa: SLF001
     finally:
-        os.close(fd)
+        pinned.close()
 
 
 def has_ended(fd: int) -> bool:
@@ -98,12 +216,27 @@ def has_ended(fd: int) -> bool:
 
 def listening(port: int) -> bool:
     """Whether anything in our network namespace listens on the TCP port."""
-    wanted = f":{port:04X}"
+    return bool(_sockets(port))
+
+
+def _sockets(port: int) -> set[str]:
+    wanted, found = f":{port:04X}", set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), Path(table).open() as lines:
             next(lines, None)
             for line in lines:
                 fields = line.split()
                 if fields[1].endswith(wanted) and fields[3] == "0A":
-                    return True
-    return False
+                    found.add(f"socket:[{fields[9]}]")
+    return found
+
+
+def listeners(port: int) -> str:
+    """Who listens on the port, in words; looks at every process: for the failure's message only."""
+    wanted, found = _sockets(port), []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if any(str(fd.readlink()) in wanted for fd in Path(f"/proc/{name}/fd").iterdir()):
+                    found.append(describe(int(name)))
+    return ", ".join(found) or "a process that cannot be seen from here (another pid or user namespace?)"

@@ -66,10 +66,11 @@ class Activate(_Request, frozen=True, tag="activate", kw_only=True):
 
 
 class Fence(_Request, frozen=True, tag="fence", kw_only=True):
-    """Stop PostgreSQL and prove it gone."""
+    """Stop PostgreSQL and prove it gone: at once, or `clean` (a planned demotion: a clean shutdown first)."""
 
     generation: Generation
     reason: Text
+    clean: bool = False
 
 
 class Follow(_Request, frozen=True, tag="follow", kw_only=True):
@@ -91,6 +92,7 @@ class OperatorFence(_Request, frozen=True, tag="operator_fence", kw_only=True):
 
     reason: Text
     who: Text
+    clean: bool = False
 
 
 class Unfence(_Request, frozen=True, tag="unfence", kw_only=True):
@@ -168,6 +170,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     is_standby: bool  # the data directory is marked as a standby (standby.signal)
     system_identifier: str | None
     latch: Latch | None
+    held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
+    watchdog: str  # "off", or the device and what became of it
+    cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="refusal"):

@@ -1,7 +1,8 @@
 """The fencer's socket: frames in, one reply each, the peer known by SO_PEERCRED.
 
-A client that is slow, silent or wrong costs its own connection and nothing else: each has a task, each
-frame a deadline, and there are at most MAX_CONNECTIONS.
+A client that is slow, silent, flooding or wrong costs its own connection and nothing else: each has a task,
+each frame a deadline, one request is answered before the next is read, and each peer has at most
+CONNECTIONS: an agent that takes all of its own leaves root's free.
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import stat
 import struct
 from pathlib import Path
 
-import structlog
 import trio
 
 from harmony_fencer.admit import Peer
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.fencer import Fencer
+from harmony_fencer.log import log
 from harmony_fencer.protocol import HEADER, ProtocolError, Refusal, decode_request, frame, frame_length
 
-MAX_CONNECTIONS = 16
+CONNECTIONS: dict[Peer, int] = {"root": 16, "agent": 8, "other": 0}
+REFUSED_AT_ONCE = 16  # beyond CONNECTIONS: so many are told why, the rest is closed
+BACKLOG = 64
 FRAME_TIMEOUT_S = 10.0
 _CREDENTIALS = struct.Struct("3i")
-log = structlog.get_logger("fencer-socket")
 
 
 def bind(config: FencerConfig) -> socket.socket:
@@ -43,7 +45,7 @@ def bind(config: FencerConfig) -> socket.socket:
         os.umask(old)
     if os.geteuid() == 0:
         os.chown(path, config.agent_uid, config.agent_gid)
-    sock.listen(MAX_CONNECTIONS)
+    sock.listen(BACKLOG)
     return sock
 
 
@@ -56,18 +58,30 @@ def peer_of(config: FencerConfig, uid: int) -> Peer:
 
 async def serve(config: FencerConfig, fencer: Fencer, sock: socket.socket) -> None:
     """Until cancelled."""
-    connections = 0
+    open_now: dict[Peer, int] = dict.fromkeys(CONNECTIONS, 0)
 
     async def connection(stream: trio.SocketStream) -> None:
-        nonlocal connections
-        connections += 1
+        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(raw)
+        peer = peer_of(config, uid)
+        open_now[peer] += 1
         try:
             async with stream:
-                await _talk(config, fencer, stream, full=connections > MAX_CONNECTIONS)
+                if open_now[peer] <= CONNECTIONS[peer]:
+                    await _talk(fencer, stream, peer, f"uid {uid}, pid {pid}")
+                elif open_now[peer] <= CONNECTIONS[peer] + REFUSED_AT_ONCE:
+                    log.seldom("connection refused", peer=peer, uid=uid, pid=pid)
+                    text = f"more than {CONNECTIONS[peer]} connections of {peer}"
+                    if peer == "other":
+                        text = f"uid {uid} may not talk to the fencer"
+                    await _reply(stream, Refusal("not_permitted", text))
+                    with trio.move_on_after(1.0):  # it may still be sending: let it read the answer
+                        while await stream.receive_some(4096):
+                            pass
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            log.debug("a client went away or was too slow")
+            pass  # it went away, or was too slow: its own loss
         finally:
-            connections -= 1
+            open_now[peer] -= 1
 
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     await trio.serve_listeners(connection, [listener])
@@ -83,17 +97,7 @@ async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
     return data
 
 
-async def _talk(config: FencerConfig, fencer: Fencer, stream: trio.SocketStream, *, full: bool) -> None:
-    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(raw)
-    peer = peer_of(config, uid)
-    if full:
-        await _reply(stream, Refusal("not_permitted", f"more than {MAX_CONNECTIONS} connections"))
-        return
-    if peer == "other":
-        log.warning("wrong user on the socket", uid=uid, pid=pid)
-        await _reply(stream, Refusal("not_permitted", f"uid {uid} may not talk to the fencer"))
-        return
+async def _talk(fencer: Fencer, stream: trio.SocketStream, peer: Peer, who: str) -> None:
     while True:
         first = await stream.receive_some(1)  # idle is fine; a frame once begun has a deadline
         if not first:
@@ -108,7 +112,7 @@ async def _talk(config: FencerConfig, fencer: Fencer, stream: trio.SocketStream,
                     return
             request = decode_request(body)
         except ProtocolError as e:
-            log.warning("bad message", error=e.error, detail=e.detail, uid=uid, pid=pid)
+            log.seldom("bad message", error=e.error, detail=e.detail, who=who)
             await _reply(stream, Refusal(e.error, e.detail[:300]))
             if e.error == "bad_frame":
                 return

@@ -1,22 +1,25 @@
 """What the fencer must never forget: the highest generation accepted, the newest order, the latch.
 
-Invariant (I3): a write is finished (fsync of file and folder) before anything it permits is begun, and
-what is in memory never runs ahead of the disk. A file that cannot be believed is kept aside and makes
-the fencer *untrusted*: it fences and refuses to activate. Nothing here touches PostgreSQL.
+Invariant (I3): a write is durable before anything it permits is begun, and what is in memory never runs
+ahead of the disk. A file that cannot be believed makes the fencer *untrusted*: it fences and refuses to
+activate. An older copy put back (a restored backup, a snapshot, a write that the disk lost) is valid in
+itself; the *witnesses* give it away: small copies of the generation in run_dir (this boot) and in the data
+directory (over boots, on another disk). Nothing here touches PostgreSQL.
 """
 
 from __future__ import annotations
 
-import os
 import uuid
-import zlib
 from pathlib import Path
 
 import msgspec
 
+from harmony_fencer.durable import REAL, Disk, remove, replace, seal, unseal
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
 
 NAME = "fencer.state"
+LATCH = "fencer.latch"
+WITNESS = "harmony.witness"
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,77 +28,86 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fencer_id: str
     highest: Generation
     order: OrderRecord | None
-    latch: Latch | None
     following: str | None
+
+
+class Witness(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """That the fencer of `node` had accepted `highest`. Another node's (in a cloned directory) means nothing."""
+
+    node: str
+    fencer_id: str
+    highest: Generation
 
 
 def fresh(highest: Generation = Generation(0, 0)) -> State:  # noqa: B008 (frozen)
     """The state of a node without a past."""
-    return State(uuid.uuid4().hex, highest, None, None, None)
+    return State(uuid.uuid4().hex, highest, None, None)
 
 
 def encode(state: State) -> bytes:
-    """One line of CRC-32, one of JSON."""
-    body = msgspec.json.encode(state)
-    return b"%08x\n%s\n" % (zlib.crc32(body), body)
+    return seal(msgspec.json.encode(state))
 
 
 def decode(raw: bytes) -> State:
     """Raises ValueError when a single byte is missing or another."""
-    head, separator, body = raw.partition(b"\n")
-    if not separator or not body.endswith(b"\n") or len(head) != 8:
-        raise ValueError("it is cut short or empty")
     try:
-        right = int(head, 16) == zlib.crc32(body[:-1])
-    except ValueError:
-        right = False
-    if not right:
-        raise ValueError("its checksum is wrong")
-    try:
-        return msgspec.json.decode(body, type=State)
+        return msgspec.json.decode(unseal(raw), type=State)
     except msgspec.DecodeError as e:
         raise ValueError(f"it is not of this version: {e}") from e
 
 
-def write(folder: Path, state: State) -> None:
-    """Durable when it returns: temporary file, fsync, rename, fsync of the folder. Raises OSError."""
-    temporary = folder / (NAME + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def write(folder: Path, state: State, *, disk: Disk = REAL) -> None:
+    """Durable when it returns. Raises OSError."""
+    replace(folder / NAME, encode(state), disk=disk)
+
+
+def sealed_witness(w: Witness) -> bytes:
+    """The content of a witness file."""
+    return seal(msgspec.json.encode(w))
+
+
+def testify(path: Path, w: Witness) -> None:
+    """Write a witness. Raises OSError."""
+    replace(path, sealed_witness(w))
+
+
+def witness(path: Path, node: str) -> Witness | None:
+    """The witness at `path`, when it is whole and of this node."""
     try:
-        data = memoryview(encode(state))
-        while data:
-            data = data[os.write(fd, data) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.rename(folder / NAME)
-    sync_folder(folder)
+        found = msgspec.json.decode(unseal(path.read_bytes()), type=Witness)
+    except (OSError, ValueError):
+        return None
+    return found if found.node == node else None
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def load(folder: Path) -> tuple[State, str]:
+def load(folder: Path, *, node: str = "", witnesses: tuple[Path, ...] = ()) -> tuple[State, str]:
     """The state, and why it cannot be trusted ("" where it can). A missing file is a new node's."""
     path = folder / NAME
+    seen = [(p, w) for p in witnesses if (w := witness(p, node)) is not None]
     try:
-        return decode(path.read_bytes()), ""
+        state = decode(path.read_bytes())
     except FileNotFoundError:
+        if seen:
+            place, w = max(seen, key=lambda s: s[1].highest)
+            return fresh(), _repair(f"{path} is gone, but {place} shows generation {w.highest} accepted here")
         state = fresh()
         write(folder, state)
         return state, ""
     except (ValueError, OSError) as e:
-        return fresh(), (
-            f"{path}: {e}. PostgreSQL stays fenced here and nothing is activated. To repair: read the "
-            "cluster's term N from `harmonyctl status` on another node, stop Harmony on this one, run "
-            "`harmony-fencer --config RUN_DIR/fencer.json --reset-state --term N`, and start it again"
-        )
+        return fresh(), _repair(f"{path}: {e}")
+    for place, w in seen:
+        if w.fencer_id == state.fencer_id and w.highest > state.highest:
+            why = f"{path} has generation {state.highest}, but {place} shows {w.highest}: an older copy"
+            return state, _repair(why)
+    return state, ""
+
+
+def _repair(why: str) -> str:
+    return (
+        f"{why}. PostgreSQL stays fenced here and nothing is activated. To repair: read the cluster's term N "
+        "from `harmonyctl status` on another node, stop Harmony on this one, run "
+        "`harmony-fencer --config RUN_DIR/fencer.json --reset-state --term N`, and start it again"
+    )
 
 
 def reset(folder: Path, term: int) -> Path | None:
@@ -108,3 +120,27 @@ def reset(folder: Path, term: int) -> Path | None:
         kept = path.rename(folder / f"{NAME}.bad-{number}")
     write(folder, fresh(Generation(term, 0)))
     return kept
+
+
+# ---------------------------------------------------------------- the operator's latch
+
+
+def set_latch(folder: Path, latch: Latch, *, disk: Disk = REAL) -> None:
+    """A file of its own, so that the one-shot fence can set it beside a hung fencer. Raises OSError."""
+    replace(folder / LATCH, seal(msgspec.json.encode(latch)), disk=disk)
+
+
+def lift_latch(folder: Path) -> None:
+    """Raises OSError."""
+    remove(folder / LATCH)
+
+
+def latch(folder: Path) -> Latch | None:
+    """The latch in force. One that cannot be read is in force all the same."""
+    path = folder / LATCH
+    try:
+        return msgspec.json.decode(unseal(path.read_bytes()), type=Latch)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        return Latch(f"{path} cannot be read ({e}); it is taken for a latch", "unknown", "unknown")

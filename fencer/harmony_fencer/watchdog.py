@@ -23,7 +23,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+from harmony_fencer.log import log
 
 WDIOC_GETSUPPORT = 0x80285700  # _IOR('W', 0, struct watchdog_info)
 WDIOC_SETOPTIONS = 0x80045704  # _IOR('W', 4, int)
@@ -189,3 +191,43 @@ def holders(path: str) -> list[str]:
                 process = Path(link).parents[1]
                 found.add(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
     return sorted(found)
+
+
+class Policy:
+    """What the configuration wants of the watchdog: off, automatic (where it can be had), or required."""
+
+    def __init__(
+        self, mode: Literal["off", "automatic", "required"], timeout_s: float, device: Watchdog | None
+    ) -> None:
+        self._mode, self._timeout_s, self.device = mode, timeout_s, device
+        self._said = ""
+        self._failed = ""
+
+    def __str__(self) -> str:
+        return f"{self._mode}: {self._failed or self._said}".rstrip(": ")
+
+    @property
+    def cannot_lead(self) -> str:
+        """Why an activation would fail for want of a watchdog, as far as it is known; else ""."""
+        return self._failed if self._mode == "required" else ""
+
+    def arm(self) -> None:
+        """Before anything here may write. Raises WatchdogError where it is required and cannot be armed."""
+        if self.device is None or self.device.armed:
+            return
+        try:
+            timeout_s = self.device.arm(self._timeout_s)
+        except WatchdogError as e:
+            if str(e) != self._failed:
+                log.error("the watchdog cannot be armed", why=str(e), mode=self._mode)
+            self._failed = str(e)
+            if self._mode == "required":
+                raise
+        else:
+            self._said, self._failed = f"armed, {timeout_s:g} s", ""
+            log.info("watchdog armed", timeout_s=timeout_s)
+
+    def disarm(self) -> None:
+        """Nothing here can write any more."""
+        if self.device is not None and self.device.armed:
+            self._said = "disarmed" if self.device.disarm() else "armed for good (nowayout)"

@@ -112,8 +112,9 @@ class FencerLink:
 def _view(s: protocol.Status) -> FencerView:
     return FencerView(
         fencer_id=s.fencer_id,
-        trusted=s.trusted,
-        detail=s.trust_detail,
+        # A node that is required to have a watchdog and has none must not be a candidate either.
+        trusted=s.trusted and not s.cannot_lead,
+        detail=s.trust_detail or s.cannot_lead,
         highest=(s.highest.term, s.highest.order),
         active=(s.active.term, s.active.order) if s.active is not None else None,
         lease_deadline_ns=s.lease_deadline_boottime_ns,

@@ -38,15 +38,16 @@ class _Known(msgspec.Struct):
     """What is used of fencer.json here."""
 
     fence_timeout_s: float = FENCE_S
+    lease_s: float = FENCE_S
 
 
 def _wait_s(folder: Path) -> float:
-    """How long a fence may take: the fencer's budget and some patience."""
+    """How long a fence may take: a clean shutdown while the lease lasts, the fencer's budget, some patience."""
     try:
         known = msgspec.json.decode((folder / "fencer.json").read_bytes(), type=_Known)
     except (OSError, ValueError):
         known = _Known()
-    return known.fence_timeout_s + PATIENCE_S
+    return known.lease_s + known.fence_timeout_s + PATIENCE_S
 
 
 def able(s: StatusReply, n: NodeView) -> bool:
@@ -84,7 +85,9 @@ def _others_can_take_over(folder: Path) -> tuple[bool, str]:
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="At once, without questions, also when nobody can take over.")
+@click.option(
+    "--force", is_flag=True, help="At once: no questions, no clean shutdown, also when nobody can take over."
+)
 @click.option("--yes", is_flag=True, help="Answer the question with yes.")
 @click.option("--reason", default="by hand", help="Kept with the latch.")
 @click.option("--run-dir", help="The node's run_dir.")
@@ -102,7 +105,7 @@ def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file:
             click.echo("not fenced (answer yes, or give --yes or --force)", err=True)
             sys.exit(2)
     path = str(folder / "fencer.sock")
-    request = protocol.OperatorFence(reason=reason[:500], who=_who()[:500])
+    request = protocol.OperatorFence(reason=reason[:500], who=_who()[:500], clean=not force)
     try:
         reply = call(path, request, timeout_s=ANSWER_S)
     except FencerUnavailable as e:
@@ -166,8 +169,9 @@ def _one_shot(folder: Path, reason: str) -> None:
     if not os.access(config, os.R_OK):
         click.echo(f"{config} cannot be read either: stop PostgreSQL by hand, and see --run-dir", err=True)
         sys.exit(1)
-    click.echo("running the one-shot emergency fence (it sets no latch: stop Harmony too)", err=True)
+    click.echo("running the one-shot emergency fence, with the latch", err=True)
     argv = [sys.executable, "-I", "-m", "harmony_fencer", "--config", str(config), "--once", reason]
+    argv += ["--latch", _who()]
     wait_s = _wait_s(folder)
     try:
         process = subprocess.Popen(argv)

@@ -10,10 +10,11 @@ import msgspec
 
 from harmony.cli.fence import fence, unfence
 from harmony.cli.status import status
-from harmony.config import Config, load, resolve
+from harmony.config import Config, load
 from harmony.config_text import example
 from harmony.core.timing import Timing
 from harmony.errors import EXIT_CONFIG, ConfigError
+from harmony.resolve import resolve
 
 DEFAULT_CONFIG = "/etc/harmony/harmony.toml"
 

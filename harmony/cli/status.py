@@ -172,6 +172,9 @@ def _without_agent(folder: Path, why: str, *, as_json: bool) -> None:
     click.echo(
         f"  highest generation {fencer.highest}, fence proven: {'yes' if fencer.fence_proven else 'no'}"
     )
+    click.echo(f"  held by {fencer.held_by}; watchdog {fencer.watchdog}")
+    if fencer.cannot_lead:
+        click.echo(f"  it cannot lead: {fencer.cannot_lead}")
     if fencer.latch is not None:
         click.echo(f"  latched by {fencer.latch.who} at {fencer.latch.at_utc}: {fencer.latch.reason}")
     if not fencer.trusted:

@@ -20,6 +20,12 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     fence_timeout_s: float
     safety_margin_s: float
     failover_timeout_s: float
+    watchdog_timeout_s: float = 0.0  # 0: no watchdog
+
+    @property
+    def stop_s(self) -> float:
+        """How long after the lease's end PostgreSQL may go on at the most: the fence, or the host's reset."""
+        return max(self.fence_timeout_s, self.watchdog_timeout_s)
 
     @property
     def lease_s(self) -> float:
@@ -39,8 +45,8 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return round(self.heartbeat_timeout_s * NS)
 
     @property
-    def fence_ns(self) -> int:
-        return round(self.fence_timeout_s * NS)
+    def stop_ns(self) -> int:
+        return round(self.stop_s * NS)
 
     @property
     def margin_ns(self) -> int:
@@ -53,18 +59,21 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def settle_ns(self) -> int:
         """After this silence the primary has certainly stopped: what a standby then has received is all."""
-        return self.lease_ns + self.fence_ns
+        return self.lease_ns + self.stop_ns
 
     def violation(self) -> str | None:
-        """None when failover_timeout > lease + fence_timeout + safety_margin; else every number named."""
-        needed = self.lease_s + self.fence_timeout_s + self.safety_margin_s
-        if self.failover_ns > self.lease_ns + self.fence_ns + self.margin_ns:
+        """None when failover_timeout > lease + max(fence_timeout, watchdog) + safety_margin; else every number."""
+        needed = self.lease_s + self.stop_s + self.safety_margin_s
+        if self.failover_ns > self.lease_ns + self.stop_ns + self.margin_ns:
             return None
+        stop = f"fence_timeout_s {self.fence_timeout_s:g}"
+        if self.watchdog_timeout_s > self.fence_timeout_s:
+            stop = f"watchdog.timeout_s {self.watchdog_timeout_s:g} (longer than {stop})"
         return (
             f"failover_timeout_s {self.failover_timeout_s:g} must be greater than lease {self.lease_s:g} "
             f"(heartbeat_interval_s {self.heartbeat_interval_s:g} + heartbeat_timeout_s "
-            f"{self.heartbeat_timeout_s:g} × failure_threshold {self.failure_threshold}) + fence_timeout_s "
-            f"{self.fence_timeout_s:g} + safety_margin_s {self.safety_margin_s:g} = {needed:g}: "
+            f"{self.heartbeat_timeout_s:g} × failure_threshold {self.failure_threshold}) + {stop} "
+            f"+ safety_margin_s {self.safety_margin_s:g} = {needed:g}: "
             "otherwise a replica could promote before the old primary has certainly stopped; "
             f"raise failover_timeout_s above {needed:g} or lower one of the others"
         )

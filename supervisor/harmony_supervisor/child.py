@@ -5,6 +5,7 @@ It knows nothing of what the child does. Death is seen through a pidfd, liveness
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -21,6 +22,7 @@ EXIT_CONFIG = 78
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 5.0
 STEADY_S = 30.0
+AGENT_NICE = -10
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 log = structlog.get_logger("supervisor")
@@ -28,14 +30,21 @@ log = structlog.get_logger("supervisor")
 
 @dataclass(frozen=True)
 class Spec:
-    """What to start and how. `die_with_us`: the kernel kills it when the supervisor dies."""
+    """What to start and how. `die_with_us`: the kernel kills it when the supervisor dies.
+
+    `steady`: it inherits our real-time scheduling; else it gets ordinary scheduling, somewhat favoured.
+    Killed and started again when it has not answered for `ping_timeout_s`.
+    """
 
     name: str
     argv: Sequence[str]
+    ping_interval_s: float
+    ping_timeout_s: float
     uid: int | None = None
     gid: int | None = None
     groups: tuple[int, ...] = ()
     die_with_us: bool = False
+    steady: bool = False
     ready_timeout_s: float = 30.0
 
 
@@ -44,8 +53,6 @@ class Child:
     """`run()` keeps it alive until `stop()`; `on_change` is called when readiness or status changes."""
 
     spec: Spec
-    ping_interval_s: float
-    ping_timeout_s: float
     on_change: Callable[[], None]
     ready: bool = False
     status: str = "starting"
@@ -58,7 +65,7 @@ class Child:
     @property
     def answering(self) -> bool:
         """Ready, and it has answered a ping within the timeout."""
-        return self.ready and time.monotonic() - self.last_pong < self.ping_timeout_s
+        return self.ready and time.monotonic() - self.last_pong < self.spec.ping_timeout_s
 
     @property
     def pid(self) -> int | None:
@@ -70,7 +77,7 @@ class Child:
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair()
         environment = {k: os.environ[k] for k in ("PATH", "LANG", "LC_ALL", "TZ") if k in os.environ}
-        die_with_us = self.spec.die_with_us
+        die_with_us, steady = self.spec.die_with_us, self.spec.steady
         mine = os.getpid()
 
         def before_exec() -> None:
@@ -80,6 +87,8 @@ class Child:
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != mine:
                     os._exit(1)
+            if not steady:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
         try:
             process = subprocess.Popen(
@@ -92,13 +101,16 @@ class Child:
                 group=self.spec.gid,
                 extra_groups=list(self.spec.groups) if self.spec.uid is not None else None,
                 start_new_session=True,
-                preexec_fn=before_exec,  # noqa: PLW1509 (one thread, one prctl)
+                preexec_fn=before_exec,  # noqa: PLW1509 (one thread, two system calls)
             )
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
+        if not steady and os.geteuid() == 0:
+            with contextlib.suppress(OSError):  # favoured where that is allowed; it may be dead already
+                os.setpriority(os.PRIO_PROCESS, process.pid, AGENT_NICE)
         return process, ours
 
     async def run(self) -> int:
@@ -165,23 +177,26 @@ class Child:
         self.on_change()
 
     async def _ping(self, stream: trio.SocketStream, process: subprocess.Popen[bytes]) -> None:
+        interval_s, timeout_s = self.spec.ping_interval_s, self.spec.ping_timeout_s
         number, began = 0, time.monotonic()
         while True:
             number += 1
+            woken = time.monotonic()
             try:
-                with trio.move_on_after(self.ping_interval_s):
+                with trio.move_on_after(interval_s):
                     await stream.send_all(b"ping %d\n" % number)
             except trio.BrokenResourceError:
                 pass  # its death is seen through the pidfd
-            await trio.sleep(self.ping_interval_s)
+            await trio.sleep(interval_s)
             now = time.monotonic()
-            late = (
-                now - self.last_pong > self.ping_timeout_s
-                if self.ready
-                else now - began > self.spec.ready_timeout_s
-            )
+            if now - woken > 2 * interval_s + timeout_s / 2:
+                self.last_pong = now  # we did not run ourselves (a paused host): its silence proves nothing
+            if self.ready:
+                late, what = now - self.last_pong > timeout_s, f"no answer to pings for {timeout_s:g} s"
+            else:
+                late = now - began > self.spec.ready_timeout_s
+                what = f"not ready within {self.spec.ready_timeout_s:g} s"
             if late:
-                what = "no answer to pings" if self.ready else "not ready in time"
                 log.error("killing a child that hangs", child=self.spec.name, pid=process.pid, why=what)
                 process.kill()
                 return

@@ -1,11 +1,13 @@
 """harmony-supervisor: what systemd starts. Resolves the configuration once and starts the two children.
 
+--boot-fence: only make sure that PostgreSQL here cannot start writable (before its own unit, at boot).
 Exit codes: 0 asked to stop, 75 another supervisor runs here, 78 configuration, 1 fenced in an emergency.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import logging
@@ -23,6 +25,8 @@ from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
 
 EXIT_LOCKED = 75
+FENCER_PING_SHARE = 0.1  # of fence_timeout
+FENCER_HUNG_SHARE = 0.35
 PYTHON = (sys.executable, "-I", "-m")
 
 
@@ -73,6 +77,16 @@ def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> N
         os.chown(run_dir / "agent", *owner)
 
 
+def _steady() -> None:
+    """Real-time scheduling, for us and (inherited) the fencer, where it is granted; the fencer says where not.
+
+    Whoever must kill a hung fencer in time has to get to run. Priority 5 is below all that the kernel needs.
+    """
+    with contextlib.suppress(OSError):
+        if os.sched_getscheduler(0) not in {os.SCHED_RR, os.SCHED_FIFO}:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(5))
+
+
 def _lock(run_dir: Path) -> int | None:
     fd = os.open(run_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -86,6 +100,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="harmony-supervisor", description=__doc__)
     parser.add_argument("--config", default="/etc/harmony/harmony.toml", help="the TOML file")
+    parser.add_argument("--boot-fence", action="store_true", help="fence what could write here, and end")
     options = parser.parse_args()
     notifier = Notifier()
     resolved = _resolve(options.config)
@@ -95,7 +110,7 @@ def main() -> None:
     user = pwd.getpwnam(str(s["agent_user"])) if s["agent_user"] is not None and os.geteuid() == 0 else None
     try:
         _folders(run_dir, state_dir, (user.pw_uid, user.pw_gid) if user is not None else None)
-        held = _lock(run_dir)
+        held = _lock(run_dir) if not options.boot_fence else -1
         if held is None:
             sys.stderr.write(
                 f"harmony-supervisor: another one runs here (it holds {run_dir}/supervisor.lock)\n"
@@ -107,23 +122,31 @@ def main() -> None:
         sys.stderr.write(f"harmony-supervisor: {e}: run_dir and state_dir must be writable for this user\n")
         sys.exit(EXIT_CONFIG)
     fencer_argv = [*PYTHON, "harmony_fencer", "--config", str(run_dir / "fencer.json")]
+    if options.boot_fence:
+        os.execv(fencer_argv[0], [*fencer_argv, "--if-unguarded", "boot"])  # noqa: S606
+    _steady()
     fence_timeout_s = float(str(s["fence_timeout_s"]))
     lease_s = float(str(resolved["fencer"]["lease_s"]))
-    fencer = Spec("fencer", fencer_argv, ready_timeout_s=30.0 + lease_s + fence_timeout_s)
+    fencer = Spec(
+        "fencer",
+        fencer_argv,
+        # A fencer that hangs at its lease's end is replaced, and the new one has fenced, within fence_timeout.
+        ping_interval_s=fence_timeout_s * FENCER_PING_SHARE,
+        ping_timeout_s=fence_timeout_s * FENCER_HUNG_SHARE,
+        steady=True,
+        ready_timeout_s=30.0 + lease_s + fence_timeout_s,
+    )
     agent = Spec(
         "agent",
         [*PYTHON, "harmony.agent", "--resolved", str(run_dir / "agent.json")],
+        ping_interval_s=float(str(s["ping_interval_s"])),
+        ping_timeout_s=float(str(s["ping_timeout_s"])),
         uid=user.pw_uid if user is not None else None,
         gid=user.pw_gid if user is not None else None,
         groups=tuple(os.getgrouplist(user.pw_name, user.pw_gid)) if user is not None else (),
         die_with_us=True,
     )
-    settings = Settings(
-        node=str(s["node"]),
-        ping_interval_s=float(str(s["ping_interval_s"])),
-        ping_timeout_s=float(str(s["ping_timeout_s"])),
-        fence_timeout_s=fence_timeout_s,
-    )
+    settings = Settings(node=str(s["node"]), fence_timeout_s=fence_timeout_s, lease_s=lease_s)
 
     async def run() -> int:
         return await Supervisor(settings, fencer, agent, [*fencer_argv, "--once"], notifier).run()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import trio
 from harmony_supervisor.child import EXIT_CONFIG, Child, Spec
 from harmony_supervisor.notify import Notifier
 
-FENCER_DEATHS = 5
+FENCER_DEATHS = 3
+DEATHS_WITHIN_S = 10.0
 log = structlog.get_logger("supervisor")
 
 
@@ -25,9 +27,8 @@ class Settings:
     """Times in seconds."""
 
     node: str
-    ping_interval_s: float
-    ping_timeout_s: float
     fence_timeout_s: float
+    lease_s: float
 
 
 class Supervisor:
@@ -48,7 +49,7 @@ class Supervisor:
         self._stopping = False
 
     def _child(self, spec: Spec) -> Child:
-        return Child(spec, self._s.ping_interval_s, self._s.ping_timeout_s, self._changed)
+        return Child(spec, self._changed)
 
     def _changed(self) -> None:
         if not self._was_ready and self.fencer.ready and self.agent.ready:
@@ -95,7 +96,8 @@ class Supervisor:
         log.info("stopping: the agent, then the fencer")
         self._notifier.send("STOPPING=1")
         await self.agent.stop(self._s.fence_timeout_s + 3)
-        await self.fencer.stop(self._s.fence_timeout_s + 5)
+        # Its clean shutdown may take until the lease ends, and the fence after it its whole budget.
+        await self.fencer.stop(self._s.lease_s + self._s.fence_timeout_s + 3)
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -119,7 +121,8 @@ class Supervisor:
         """A fencer that cannot be kept up: fence by the one-shot; only when proven, give up (systemd restarts)."""
         while True:
             await trio.sleep(0.1)
-            if self._stopping or len(self.fencer.deaths) < FENCER_DEATHS:
+            recent = [t for t in self.fencer.deaths if t > time.monotonic() - DEATHS_WITHIN_S]
+            if self._stopping or len(recent) < FENCER_DEATHS:
                 continue
             log.critical("the fencer cannot be kept up: emergency fence")
             if await self._fence_once():

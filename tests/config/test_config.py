@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmony.cli.main import cli
-from harmony.config import Config, load, resolve
+from harmony.config import Config, load
 from harmony.config_text import example, markdown
 from harmony.core.timing import Timing
 from harmony.errors import ConfigError
+from harmony.resolve import find_config_file, resolve
 from harmony_fencer.config import FencerConfig
 
 GOOD = """
@@ -129,7 +130,7 @@ def test_no_accepted_timing_violates_it(a: float, b: float, n: int, f: float, m:
         safety_margin_s=m,
         failover_timeout_s=over,
     )
-    assert (t.violation() is None) == (t.failover_ns > t.lease_ns + t.fence_ns + t.margin_ns)
+    assert (t.violation() is None) == (t.failover_ns > t.lease_ns + t.stop_ns + t.margin_ns)
 
 
 def test_environment(tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_resolve(tmp_path: Path) -> None:
     """What the fencer is started with is what it accepts; what does not fit the machine is named."""
     data = tmp_path / "data"
     data.mkdir()
+    (data / "postgresql.conf").touch()
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("postgres", "pg_ctl", "pg_controldata"):
@@ -174,8 +176,32 @@ def test_resolve(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(load(write(tmp_path, missing), {}))
     found = "\n".join(caught.value.problems)
-    for place in ("postgresql.user", "postgresql.data_dir", "postgresql.bin_dir"):
+    for place in ("postgresql.user", "postgresql.data_dir", "postgresql.config_file", "postgresql.bin_dir"):
         assert place in found
+
+
+def test_debians_layout_is_found(tmp_path: Path) -> None:
+    """Its postgresql.conf lies in /etc/postgresql/15/main and names the data directory, also by a symlink."""
+    data, main = tmp_path / "lib" / "15" / "main", tmp_path / "etc" / "15" / "main"
+    data.mkdir(parents=True)
+    main.mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(data)
+    assert find_config_file(str(data), str(tmp_path / "etc")) is None
+    (main / "postgresql.conf").write_text(f"#data_directory = 'ConfigDir'\ndata_directory = '{link}'\n")
+    assert find_config_file(str(data), str(tmp_path / "etc")) == str(main / "postgresql.conf")
+    (data / "postgresql.conf").touch()
+    assert find_config_file(str(data), str(tmp_path / "etc")) == str(data / "postgresql.conf")
+
+
+def test_systemd_needs_a_unit_and_the_watchdog_counts(tmp_path: Path) -> None:
+    """C1: the watchdog's timeout stands in the inequality, with its name."""
+    with pytest.raises(ConfigError, match=r"postgresql\.unit: missing"):
+        load(write(tmp_path, GOOD + 'run = "systemd"\n'), {})
+    text = GOOD + '[watchdog]\nmode = "required"\ntimeout_s = 3\n'
+    with pytest.raises(ConfigError, match=r"watchdog\.timeout_s 3 \(longer than fence_timeout_s 2\)"):
+        load(write(tmp_path, text), {})
+    assert load(write(tmp_path, text.replace("= 3", "= 2")), {}).timing.stop_s == 2.0
 
 
 def test_config_check_command(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmony.config import MAX_FILE_BYTES, SECTIONS, find_bin_dir, load
+from harmony.config import MAX_FILE_BYTES, SECTIONS, load
 from harmony.config_text import parameters
 from harmony.errors import ConfigError
+from harmony.resolve import find_bin_dir
 from tests.config.test_config import GOOD, problems, write
 
 

@@ -17,7 +17,7 @@ import psycopg
 
 from harmony.demo.parts import Postgres, run_as
 from harmony.fencer_client import call
-from harmony_fencer import processes, protocol
+from harmony_fencer import cgroup, processes, protocol
 
 LEASE_S, FENCE_S = 2.0, 1.0
 
@@ -60,6 +60,10 @@ class Node:
                     "agent_gid": os.getgid(),
                     "postgres_user": template.user,
                     "data_dir": str(self.data),
+                    "config_file": str(self.data / "postgresql.conf"),
+                    "run": "pg_ctl",
+                    "unit": "",
+                    "cgroup": True,
                     "bin_dir": str(template.postgres.bin_dir),
                     "library_dir": str(library) if library else None,
                     "port": self.port,
@@ -74,6 +78,9 @@ class Node:
                     "lease_s": LEASE_S,
                     "fence_timeout_s": FENCE_S,
                     "start_timeout_s": 20,
+                    "watchdog_mode": "off",
+                    "watchdog_device": "/dev/watchdog",
+                    "watchdog_timeout_s": 1.0,
                     "state_dir": str(self.state),
                     "run_dir": str(self.run),
                     "log_format": "json",
@@ -169,7 +176,9 @@ class Node:
         return True
 
     def start_by_hand(self) -> None:
-        """What systemd at boot or an operator would do."""
+        """What systemd at boot or an operator would do (PostgreSQL waits for a dead postmaster to be reaped)."""
+        dead = processes.pid_file(str(self.data))
+        self.wait(lambda: dead is None or not Path(f"/proc/{dead}").exists(), "the dead postmaster is reaped")
         argv = [f"{self.template.postgres.bin_dir}/pg_ctl", "start", "-w", "-D", str(self.data)]
         options = f"-p {self.port} -c unix_socket_directories={self.top}/s -c listen_addresses=127.0.0.1"
         log = str(self.data / "hand.log")
@@ -199,3 +208,6 @@ class Node:
             for pid in self.pids():
                 processes.send(pid, signal.SIGKILL, str(self.data))
             time.sleep(0.02)
+        made, _ = cgroup.make(str(self.data))
+        if made is not None:
+            made.remove()

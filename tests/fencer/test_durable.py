@@ -13,7 +13,6 @@ from harmony_fencer.protocol import (
     MAX_FRAME_BYTES,
     Generation,
     Hello,
-    Latch,
     OrderRecord,
     ProtocolError,
     decode_request,
@@ -25,7 +24,6 @@ STATE = states.State(
     "id",
     Generation(7, 3),
     OrderRecord(Generation(7, 3), "activate", None, "done", timeline=4),
-    Latch("why", "who", "2026-01-01"),
     None,
 )
 

@@ -189,7 +189,7 @@ def test_orphaned_backends_are_killed_and_a_stale_pid_file_harms_nobody(node: No
             node.ask(protocol.Fence(generation=Generation(1, 2), reason="test"))
             record = node.outcome()
             assert record.state == "done"
-            assert [r.name for r in record.rungs] == ["kill"]
+            assert [r.name for r in record.rungs] == ["freeze", "kill"]
             assert not node.pids()
             assert bystander.poll() is None
         finally:

@@ -403,7 +403,7 @@ class World:
         if not self.rules.fencer_proves:  # a fencer that believes its own orders
             then()
             self.at(
-                self.t.fence_ns * 4, lambda: setattr(h.pg, "mode", "down") if h.fencer.job == job else None
+                self.t.stop_ns * 4, lambda: setattr(h.pg, "mode", "down") if h.fencer.job == job else None
             )
             return
         self.at(self.random.randrange(10, int(self.t.fence_timeout_s * 1000)) * MS, gone)

@@ -63,10 +63,10 @@ class Run:
 
         def spec(name: str, mode: str) -> Spec:
             argv = [sys.executable, "-I", str(script), name, str(folder), mode]
-            return Spec(name, argv, die_with_us=name == "agent", ready_timeout_s=5)
+            return Spec(name, argv, 0.05, 0.5, die_with_us=name == "agent", ready_timeout_s=5)
 
         self.supervisor = Supervisor(
-            Settings("n1", 0.05, 0.5, 0.5),
+            Settings("n1", 0.5, 1.0),
             spec("fencer", fencer),
             spec("agent", agent),
             [sys.executable, "-I", str(once)],

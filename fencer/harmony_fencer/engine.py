@@ -1,0 +1,73 @@
+"""What the fencer needs of a database: the interface that PostgreSQL implements, and models in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from harmony_fencer.protocol import Rung, SyncRule
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one fence. `detail`: what was not as it should be, the processes left, and what to do."""
+
+    proven: bool
+    detail: str
+    rungs: tuple[Rung, ...]
+    took_ms: float
+
+
+class Engine(Protocol):
+    """One data directory. Everything may be called at any time; only what says so raises."""
+
+    where: str  # how its processes are held: its cgroup, or the process tree and why
+
+    def initialised(self) -> bool:
+        """Whether there is a data directory at all."""
+
+    def is_standby(self) -> bool:
+        """Marked so that whoever starts it gets a read-only standby."""
+
+    def pids(self) -> list[int]:
+        """Live processes, the postmaster first."""
+
+    def postmaster(self) -> int | None:
+        """The live postmaster's pid."""
+
+    @property
+    def halted(self) -> bool:
+        """halt() was called and no stop() has proven all of it gone since."""
+
+    def halt(self) -> None:
+        """Stop all writes at once, without waiting for anything but the kernel. Never raises."""
+
+    async def stop(self, *, clean_until_ns: int = 0) -> Outcome:
+        """Climb the ladder: a clean shutdown until `clean_until_ns` (0: none), then halt and kill."""
+
+    async def ended(self, pid: int, within_s: float) -> bool:
+        """Wait for the process's end, `within_s` at most: whether it has ended."""
+
+    async def system_identifier(self) -> str | None:
+        """From the control file, once read for good."""
+
+    async def in_production(self) -> bool:
+        """Whether the control file says that it is (or was) writable; True when it cannot be read."""
+
+    async def mark_standby(self) -> None:
+        """Make it a standby at its next start, durably. Raises OSError."""
+
+    async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
+        """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError."""
+
+    async def start(self) -> None:
+        """Start as a standby and wait until it answers. Raises PostgresError, OSError."""
+
+    async def reload(self) -> None:
+        """Make it read its configuration again. Raises PostgresError."""
+
+    async def promote(self) -> int:
+        """Promote, wait for the proof, and return the timeline. Raises PostgresError, OSError."""
+
+    def timeline(self) -> int:
+        """The newest timeline that has WAL here."""

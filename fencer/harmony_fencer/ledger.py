@@ -1,0 +1,113 @@
+"""The fencer's memory: what it keeps on disk, and in memory never ahead of the disk (I3). It decides nothing.
+
+The state and the latch are durable in state_dir; the lease and a witness of the generation are in run_dir,
+for this boot. A disk that fails or does not answer in time makes the state *untrusted*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from harmony_fencer import lease as leases
+from harmony_fencer import state as states
+from harmony_fencer.config import FencerConfig
+from harmony_fencer.log import log
+from harmony_fencer.protocol import Generation, Latch
+
+PATIENCE_SHARE = 0.25  # of fence_timeout: how long a disk may take before it counts as broken
+
+
+def load_state(config: FencerConfig) -> tuple[states.State, str]:
+    """The durable state and why it cannot be trusted, both witnesses heard."""
+    witnesses = (Path(config.run_dir) / states.WITNESS, Path(config.data_dir) / states.WITNESS)
+    return states.load(Path(config.state_dir), node=config.node, witnesses=witnesses)
+
+
+class Ledger:
+    """Of one fencer, read at its start."""
+
+    def __init__(self, config: FencerConfig, boot_id: str) -> None:
+        self._node, self._boot_id, self._lease_ns = config.node, boot_id, config.lease_ns
+        self._folder, self._run = Path(config.state_dir), Path(config.run_dir)
+        self._patience_s = config.fence_timeout_s * PATIENCE_SHARE
+        self._disk = trio.Lock()
+        self.state, self.untrusted = load_state(config)
+        self.latch = states.latch(self._folder)
+
+    # ------------------------------------------------------------ the state
+
+    async def persist(self, change: Callable[[states.State], states.State]) -> None:
+        """Durable first, then in memory, one writer at a time, each change made on the newest state.
+
+        Raises OSError. A disk that does not answer in time is broken: its write may land later, so nothing is
+        written after it (untrusted) until a restart has read what is there.
+        """
+        with trio.move_on_after(self._patience_s):
+            async with self._disk:
+                new = change(self.state)
+                if not self.untrusted:  # else there is nothing on disk to keep right
+                    await trio.to_thread.run_sync(states.write, self._folder, new, abandon_on_cancel=True)
+                self.state = new
+                return
+        self.distrust("the disk did not answer in time")
+        raise TimeoutError(f"the disk of {self._folder} did not answer in time")
+
+    def distrust(self, why: str) -> None:
+        """From here on fences only, until a restart."""
+        self.untrusted = self.untrusted or f"{self._folder}: {why}; repair the disk and restart Harmony"
+
+    def testimony(self) -> bytes:
+        """The witness of the highest generation, as it stands in the data directory."""
+        return states.sealed_witness(self._witness(self.state.highest))
+
+    def testify(self, highest: Generation) -> None:
+        """Leave a witness for this boot. Raises OSError."""
+        if not self.untrusted:
+            states.testify(self._run / states.WITNESS, self._witness(highest))
+
+    def _witness(self, highest: Generation) -> states.Witness:
+        return states.Witness(self._node, self.state.fencer_id, highest)
+
+    # ------------------------------------------------------------ the latch
+
+    @property
+    def latched(self) -> bool:
+        """Also by a latch that the one-shot fence set beside us while we hung."""
+        return self.latch is not None or (self._folder / states.LATCH).exists()
+
+    async def set_latch(self, latch: Latch) -> None:
+        """In force at once; raises OSError when it is not durable."""
+        self.latch = latch
+        with trio.move_on_after(self._patience_s):
+            await trio.to_thread.run_sync(states.set_latch, self._folder, latch, abandon_on_cancel=True)
+            return
+        raise TimeoutError("the latch could not be made durable in time")
+
+    async def lift_latch(self) -> None:
+        """Raises OSError, and then it is still in force."""
+        await trio.to_thread.run_sync(states.lift_latch, self._folder)
+        self.latch = None
+
+    # ------------------------------------------------------------ the lease
+
+    def lease(self, now_ns: int) -> leases.Lease | None:
+        """The lease in force, as a fencer before us left it."""
+        path = self._run / leases.NAME
+        return leases.load(path, boot_id=self._boot_id, now_ns=now_ns, lease_ns=self._lease_ns)
+
+    def save_lease(self, active: Generation, deadline_ns: int) -> None:
+        """Never raises: without it a restarted fencer would fence early, which is safe."""
+        try:
+            leases.save(self._run / leases.NAME, leases.Lease(active, deadline_ns, self._boot_id))
+        except OSError as e:
+            log.seldom("the lease could not be saved", why=str(e))
+
+    def drop_lease(self) -> None:
+        """Never raises: it ends by itself, and the newest order speaks against it."""
+        try:
+            leases.clear(self._run / leases.NAME)
+        except OSError as e:
+            log.seldom("the lease file could not be removed", why=str(e))

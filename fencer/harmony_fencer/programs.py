@@ -1,0 +1,132 @@
+"""Running PostgreSQL's own programs as PostgreSQL's user, and starting it: by pg_ctl or by systemd.
+
+PostgreSQL enters its own cgroup before it is executed, so that no process of it was ever outside. It
+inherits neither our scheduling nor our protection from the OOM killer.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import trio
+
+from harmony_fencer.cgroup import Cgroup
+from harmony_fencer.config import FencerConfig
+from harmony_fencer.realtime import ordinary
+
+LOG = "harmony-postgres.log"
+SYSTEMCTL_S = 5.0
+
+
+class PostgresError(Exception):
+    """PostgreSQL did not do what it was told; the text is for the operator."""
+
+
+def log_tail(data: Path) -> str:
+    """The end of PostgreSQL's own log, one line, 300 characters."""
+    try:
+        raw = (data / LOG).read_bytes()[-2000:]
+    except OSError:
+        return ""
+    return " | ".join(raw.decode("utf-8", "replace").split("\n"))[-300:].strip(" |")
+
+
+async def _kill_at_once(process: trio.Process) -> None:
+    """Killing pg_ctl or systemctl harms nothing, and it may be frozen: SIGTERM could wait for ever."""
+    process.kill()
+
+
+class Programs:
+    """Of one data directory."""
+
+    def __init__(self, config: FencerConfig) -> None:
+        self._c = config
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LC_ALL": "C",
+            # PostgreSQL's documentation, "Linux Memory Overcommit": the postmaster may be protected,
+            # its children put themselves back.
+            "PG_OOM_ADJUST_FILE": "/proc/self/oom_score_adj",
+            "PG_OOM_ADJUST_VALUE": "0",
+        }
+        if self._c.library_dir:
+            environment["LD_LIBRARY_PATH"] = self._c.library_dir
+        return environment
+
+    def _as_postgres(self) -> list[str]:
+        """A prefix of argv that becomes PostgreSQL's user."""
+        if os.geteuid() != 0:
+            return []
+        uid, gid = self._c.postgres_ids
+        groups = os.getgrouplist(self._c.postgres_user, gid) if self._c.postgres_user else [gid]
+        named = ",".join(str(g) for g in groups)
+        return ["setpriv", f"--reuid={uid}", f"--regid={gid}", f"--groups={named}", "--"]
+
+    async def _run(self, argv: list[str], *, shown: str, timeout_s: float) -> str:
+        # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
+        with tempfile.TemporaryFile() as sink:
+            try:
+                with trio.fail_after(timeout_s):
+                    done = await trio.run_process(
+                        [*ordinary(), *argv],
+                        stdin=subprocess.DEVNULL,
+                        stdout=sink,
+                        stderr=sink,
+                        env=self._environment(),
+                        cwd="/",
+                        check=False,
+                        start_new_session=True,
+                        deliver_cancel=_kill_at_once,
+                    )
+            except trio.TooSlowError as e:
+                raise PostgresError(f"{shown} did not end within {timeout_s:g} s") from e
+            except OSError as e:
+                raise PostgresError(f"{shown} could not be run: {e}") from e
+            sink.seek(0)
+            text = sink.read()[-4000:].decode("utf-8", "replace")
+        if done.returncode != 0:
+            said = " ".join(text.split())[-200:]
+            raise PostgresError(
+                f"{shown} exited {done.returncode}: {said}; log: {log_tail(Path(self._c.data_dir))}"
+            )
+        return text
+
+    async def run(self, program: str, *arguments: str, timeout_s: float) -> str:
+        """stdout and stderr of one of PostgreSQL's programs. Raises PostgresError."""
+        argv = [*self._as_postgres(), str(Path(self._c.bin_dir) / program), *arguments]
+        shown = f"{program} {' '.join(arguments[:1])}".strip()
+        return await self._run(argv, shown=shown, timeout_s=timeout_s)
+
+    async def start(self, config_file: Path, cgroup: Cgroup | None) -> None:
+        """Start and wait until it answers. Raises PostgresError."""
+        seconds = max(1, round(self._c.start_timeout_s))
+        if self._c.run == "systemd":
+            await self.systemctl("reset-failed", check=False)
+            await self.systemctl("start", timeout_s=seconds + 5)
+            return
+        options = f"-c config_file={_shell(str(config_file))}"
+        log = str(Path(self._c.data_dir) / LOG)
+        argv = [*self._as_postgres(), str(Path(self._c.bin_dir) / "pg_ctl"), "start", "-D", self._c.data_dir]
+        argv += ["-w", "-t", str(seconds), "-l", log, "-o", options]
+        if cgroup is not None:
+            enter = 'echo 0 > "$0" && exec "$@"'
+            argv = ["/bin/sh", "-c", enter, str(cgroup.path / "cgroup.procs"), *argv]
+        await self._run(argv, shown="pg_ctl start", timeout_s=seconds + 5)
+
+    async def systemctl(self, verb: str, *, timeout_s: float = SYSTEMCTL_S, check: bool = True) -> None:
+        """Ask systemd about PostgreSQL's unit. Raises PostgresError when `check`."""
+        argv = ["systemctl", "--no-ask-password", *verb.split(), self._c.unit]
+        try:
+            await self._run(argv, shown=f"systemctl {verb} {self._c.unit}", timeout_s=timeout_s)
+        except PostgresError:
+            if check:
+                raise
+
+
+def _shell(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
