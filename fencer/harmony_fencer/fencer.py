@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import trio
@@ -66,7 +67,9 @@ class Fencer:
     def __init__(self, config: FencerConfig, parts: Parts) -> None:
         self._c = config
         self._engine, self._clock = parts.engine, parts.clock
-        self.watchdog = Policy(config.watchdog_mode, config.watchdog_timeout_s, parts.watchdog)
+        marker = Path(config.run_dir) / "watchdog.armed"
+        mode, timeout_s = config.watchdog_mode, config.watchdog_timeout_s
+        self.watchdog = Policy(mode, timeout_s, parts.watchdog, marker)
         self._boot_id, self._utc_now = parts.boot_id, parts.utc_now
         self._ledger = Ledger(config, parts.boot_id)
         self._active: Generation | None = None
@@ -98,8 +101,7 @@ class Fencer:
         order = self._order
         if lease is not None and self._running and self._is_mine(lease) and not self._ledger.latched:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
-            self.watchdog.arm()
-            log.info("carrying on under the lease", generation=str(self._active))
+            await self._carry_on()
         elif self._ledger.untrusted:
             log.error("untrusted state", why=self._ledger.untrusted)
             await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted[:200])
@@ -110,6 +112,13 @@ class Fencer:
         if order is not None and order.state == "running":
             self._order = msgspec.structs.replace(order, state="preempted", detail="the fencer restarted")
         nursery.start_soon(self._learn)
+
+    async def _carry_on(self) -> None:
+        log.info("carrying on under the lease", generation=str(self._active))
+        try:
+            self.watchdog.arm()
+        except WatchdogError as e:
+            await self.fence_by_itself(f"the watchdog is required and cannot be armed: {e}")
 
     def _is_mine(self, lease: leases.Lease) -> bool:
         """Whether the lease is of the newest order, a finished activate whose outcome can be believed."""

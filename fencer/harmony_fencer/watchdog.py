@@ -194,12 +194,20 @@ def holders(path: str) -> list[str]:
 
 
 class Policy:
-    """What the configuration wants of the watchdog: off, automatic (where it can be had), or required."""
+    """What the configuration wants of the watchdog: off, automatic (where it can be had), or required.
+
+    `marker`: a file in run_dir that stands while the timer runs. A fencer that finds it takes the timer over
+    from one that died: it arms anew while the lease lasts, else stops it once nothing here can write.
+    """
 
     def __init__(
-        self, mode: Literal["off", "automatic", "required"], timeout_s: float, device: Watchdog | None
+        self,
+        mode: Literal["off", "automatic", "required"],
+        timeout_s: float,
+        device: Watchdog | None,
+        marker: Path,
     ) -> None:
-        self._mode, self._timeout_s, self.device = mode, timeout_s, device
+        self._mode, self._timeout_s, self.device, self._marker = mode, timeout_s, device, marker
         self._said = ""
         self._failed = ""
 
@@ -224,10 +232,21 @@ class Policy:
             if self._mode == "required":
                 raise
         else:
+            with contextlib.suppress(OSError):
+                self._marker.touch()
             self._said, self._failed = f"armed, {timeout_s:g} s", ""
             log.info("watchdog armed", timeout_s=timeout_s)
 
     def disarm(self) -> None:
-        """Nothing here can write any more."""
-        if self.device is not None and self.device.armed:
-            self._said = "disarmed" if self.device.disarm() else "armed for good (nowayout)"
+        """Nothing here can write any more: stop the timer, also one that a dead fencer left ticking."""
+        if self.device is None:
+            return
+        if not self.device.armed and self._marker.exists():
+            with contextlib.suppress(WatchdogError):
+                self.device.arm(self._timeout_s)
+        if self.device.armed:
+            if self.device.disarm():
+                self._said = "disarmed"
+                self._marker.unlink(missing_ok=True)
+            else:
+                self._said = "armed for good (nowayout)"
