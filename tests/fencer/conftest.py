@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from harmony.demo.parts import find_parts, run_as
+from harmony.demo.parts import Parts, find_parts, run_as
 from tests.fencer.node import Node, Template
 
 
-@pytest.fixture(scope="session")
-def template() -> Iterator[Template]:
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
-    top.chmod(0o755)
-    scratch = top / "scratch"
-    scratch.mkdir(mode=0o755)
-    parts = find_parts(scratch)
+def make_template(top: Path, parts: Parts) -> Template:
+    """One initdb under `top`, for many copies."""
     postgres, user = parts.postgres, parts.users.postgres
     data = top / "template"
     data.mkdir(mode=0o700)
@@ -29,7 +24,16 @@ def template() -> Iterator[Template]:
     run_as(user, argv, postgres.library_dir, 60)
     with (data / "postgresql.conf").open("a") as f:
         f.write("fsync = off\nshared_buffers = 16MB\n")
-    yield Template(data, postgres, user)
+    return Template(data, postgres, user)
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Template]:
+    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top.chmod(0o755)
+    scratch = top / "scratch"
+    scratch.mkdir(mode=0o755)
+    yield make_template(top, find_parts(scratch))
     shutil.rmtree(top)
 
 
