@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check bench sim clean rewrite
+.PHONY: demo test test-fast check bench bench-fence bench-load fuzz test-vm sim clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -34,6 +34,24 @@ check: $(STAMP)
 RUNS ?= 5
 bench: $(STAMP)
 	$(BIN)/python bench/demo.py --runs $(RUNS) --preset $(PRESET)
+
+# How fast writes end, for each way of stopping PostgreSQL (about 20 minutes for 5).
+bench-fence: $(STAMP)
+	$(BIN)/python bench/fence.py --runs $(RUNS)
+
+# Ten minutes of a starved host: no needless fence, none late.
+MINUTES ?= 10
+bench-load: $(STAMP)
+	$(BIN)/python bench/load.py --minutes $(MINUTES)
+
+# A million frames at a real fencer.
+FRAMES ?= 1000000
+fuzz: $(STAMP)
+	$(BIN)/python bench/fuzz.py --frames $(FRAMES)
+
+# A real watchdog device resets a real (emulated) machine: needs apt-get and qemu-system-x86; two minutes.
+test-vm: $(STAMP)
+	HARMONY_VM=1 $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 
 # More seeds of the simulation than `make test` has: make sim SEEDS=20000
 SEEDS ?= 10000
