@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from harmony.core.render import markdown
+from tests.fencer import render_protocol
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_states_are_documented(rewrite: bool) -> None:
     """STYLE 5: the diagram and the rows are the table's."""
-    path = Path(__file__).parents[1] / "docs" / "states.md"
+    path = DOCS / "states.md"
     if rewrite:
         path.write_text(markdown())
     assert path.read_text() == markdown()
+
+
+def test_the_protocol_is_documented(rewrite: bool) -> None:
+    """Its limits, peers, fields, refusals, admission and example are the code's."""
+    path = DOCS / "protocol.md"
+    if rewrite:
+        path.write_text(render_protocol.rendered(path.read_text()))
+    assert path.read_text() == render_protocol.rendered(path.read_text())
+
+
+def test_the_protocols_texts_are_of_what_there_is() -> None:
+    """No field, refusal or peer without a meaning, and no meaning left over from what is gone."""
+    assert set(render_protocol.MEANING) == render_protocol.fields_documented()
+    assert set(render_protocol.REFUSALS) == render_protocol.refusals_in_code()
+    assert set(render_protocol.PEERS) == render_protocol.peers_in_code()
+
+
+def test_the_protocols_links_lead_somewhere() -> None:
+    text = (DOCS / "protocol.md").read_text()
+    headings = {h.lower().replace(" ", "-").replace(",", "") for h in re.findall(r"(?m)^#+ (.+)$", text)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings

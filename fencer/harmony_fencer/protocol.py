@@ -2,28 +2,32 @@
 
 A frame is a 4-byte big-endian length (1 to MAX_FRAME_BYTES) and that many bytes of UTF-8 JSON.
 One request, one reply, in order, on a Unix stream socket. Every request carries `v` (protocol
-version) and `op`; unknown fields, wrong types, other versions and oversized frames are answered
-with a named Refusal and never acted on. This module knows no clock, no file and no PostgreSQL.
+version) and `op`; unknown, missing and repeated fields, wrong types, other versions and oversized
+frames are answered with a named Refusal and never acted on. What a frame means to one JSON reader it
+means to all: a name that stands twice, or is spelled with escapes, is refused. docs/protocol.md is the
+specification. This module knows no clock, no file and no PostgreSQL.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024
 HEADER = struct.Struct(">I")
+MAX_TEXT = 512  # characters of a request's text for people
+MAX_ASKED = 2**52  # a request's counters; the room above is for the fences that the fencer numbers itself
 _MAX_COUNTER = 2**53 - 1  # what JSON readers of other languages keep exactly
 _NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
 
 NodeName = Annotated[str, msgspec.Meta(pattern=_NAME)]
 Counter = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNTER)]
 BootNs = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Text = Annotated[str, msgspec.Meta(max_length=512)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
 class Generation(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
@@ -48,7 +52,7 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Hello(_Request, frozen=True, tag="hello", kw_only=True):
-    """Who calls (for the log) and in which version. Answered with a Status."""
+    """Who calls, and in which version. Answered with a Status."""
 
     client: Text
 
@@ -74,7 +78,7 @@ class Fence(_Request, frozen=True, tag="fence", kw_only=True):
 
 
 class Follow(_Request, frozen=True, tag="follow", kw_only=True):
-    """Run PostgreSQL as a standby of `primary` (a configured member), or of nobody (None)."""
+    """Run PostgreSQL as a standby of `primary` (a configured member), or of nobody (null)."""
 
     generation: Generation
     primary: NodeName | None
@@ -217,10 +221,23 @@ class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
 
 Reply = Status | Refusal | Accepted | Renewed | Done
 
+S = TypeVar("S", bound=msgspec.Struct)
+# Texts for people: what is too long for a frame is cut in these, and only in these.
+PROSE = {"client", "reason", "who", "detail", "trust_detail", "held_by", "watchdog", "cannot_lead"}
+KEPT_RUNGS = 4  # the first and the last so many, where not all fit
+
+
+class _Versioned(msgspec.Struct):
+    """Any version's request: each has `v`."""
+
+    v: int
+
+
 _encoder = msgspec.json.Encoder()
+_versions: msgspec.json.Decoder[_Versioned] = msgspec.json.Decoder(_Versioned)
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
-_VERSION_ONLY = re.compile(rb'"v"\s*:\s*(-?\d{1,9})')
+_STRING = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"(\s*:)?', re.DOTALL)  # group 2: it is a name
 
 
 class ProtocolError(Exception):
@@ -232,9 +249,41 @@ class ProtocolError(Exception):
         self.detail = detail
 
 
+def _cut(message: S, limit: int) -> S:
+    """No text for people over `limit` characters or with what UTF-8 cannot say, and not too many rungs."""
+    changed: dict[str, object] = {}
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if name in PROSE and isinstance(value, str):
+            text = value if len(value) <= limit else value[: limit - 1] + "…"
+            changed[name] = text.encode("utf-8", "replace").decode()
+        elif name == "rungs" and isinstance(value, tuple):
+            kept = value if len(value) <= 2 * KEPT_RUNGS else value[:KEPT_RUNGS] + value[-KEPT_RUNGS:]
+            changed[name] = tuple(_cut(rung, limit) for rung in kept)
+        elif isinstance(value, msgspec.Struct):
+            changed[name] = _cut(value, limit)
+    return msgspec.structs.replace(message, **changed)
+
+
+def _encode(message: Request | Reply) -> bytes:
+    if isinstance(message, _Request):
+        return _encoder.encode(_cut(message, MAX_TEXT))  # a fence is not refused for its reason's length
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError:
+        body = _encoder.encode(_cut(message, MAX_FRAME_BYTES))
+    for limit in (MAX_TEXT, MAX_TEXT // 16):
+        if len(body) > MAX_FRAME_BYTES:
+            body = _encoder.encode(_cut(message, limit))
+    return body
+
+
 def frame(message: Request | Reply) -> bytes:
-    """Encode one message as a frame. Raises ValueError when it would exceed MAX_FRAME_BYTES (our bug)."""
-    body = _encoder.encode(message)
+    """Encode one message as a frame. Texts for people are cut ("…" at their end) where it would be too long.
+
+    Raises ValueError when even so it would exceed MAX_FRAME_BYTES (our bug: no reply can).
+    """
+    body = _encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
     return HEADER.pack(len(body)) + body
@@ -248,23 +297,53 @@ def frame_length(header: bytes) -> int:
     return int(length)
 
 
+def _bad(why: Exception | str) -> ProtocolError:
+    """The detail holds what the peer sent: printable, so that it can be shown on a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in str(why)[:300])
+    return ProtocolError("bad_message", text)
+
+
 def decode_request(body: bytes) -> Request:
-    """Strictly decode a request's body. Raises ProtocolError, naming the place."""
-    found = _VERSION_ONLY.search(body)
-    if found is not None and int(found.group(1)) != VERSION:
-        raise ProtocolError("bad_version", f"version {int(found.group(1))}; this fencer speaks {VERSION}")
+    """Strictly decode a request's body. Raises ProtocolError, naming the place, and nothing else."""
     try:
+        version = _versions.decode(body).v
+        if version != VERSION:
+            raise ProtocolError("bad_version", f"version {version}"[:40] + f"; this fencer speaks {VERSION}")
         request = _requests.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ProtocolError("bad_message", str(e)[:300]) from e
-    if request.v != VERSION:
-        raise ProtocolError("bad_version", f"version {request.v}; this fencer speaks {VERSION}")
+    except (ValueError, RecursionError) as e:  # of ValueError: msgspec's own errors, and UnicodeDecodeError
+        raise _bad(e) from e
+    _refuse_ambiguity(body)
+    _refuse_nonsense(request)
     return request
+
+
+def _refuse_nonsense(request: Request) -> None:
+    """What no single field shows. A rule that cannot be met would silently become another one."""
+    if isinstance(request, Activate | Fence | Follow | Renew):
+        g = request.generation
+        if max(g.term, g.order) > MAX_ASKED:
+            raise _bad(f"Expected `int` <= {MAX_ASKED} - at `$.generation`")
+    if isinstance(request, Activate):
+        voters = request.sync.voters
+        if len(set(voters)) < len(voters) or request.sync.count > len(voters):
+            raise _bad("Expected distinct voters, and `count` of them at most - at `$.sync`")
+
+
+def _refuse_ambiguity(body: bytes) -> None:
+    """Of a valid request: every name once, as it is (no two of a request's objects share a name)."""
+    seen: set[bytes] = set()
+    for found in _STRING.finditer(body):
+        if found.group(2) is not None:
+            name = found.group(1)
+            if b"\\" in name or name in seen:
+                why = "is spelled with escapes" if b"\\" in name else "stands twice"
+                raise _bad(f"the name `{name.decode()[:40]}` {why}")
+            seen.add(name)
 
 
 def decode_reply(body: bytes) -> Reply:
     """Decode a reply's body. Raises ProtocolError, naming the place."""
     try:
         return _replies.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ProtocolError("bad_message", str(e)[:300]) from e
+    except (ValueError, RecursionError) as e:
+        raise _bad(e) from e

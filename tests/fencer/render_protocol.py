@@ -1,0 +1,540 @@
+"""What docs/protocol.md says and the code knows: limits, peers, fields, refusals, admission, an example.
+
+Rendered into the places that the document marks; tests/test_docs.py holds the two equal, and every row of
+the admission tables is executable (tests/fencer/test_protocol.py). It lives here so that the fencer carries
+no texts that only readers of the document need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import msgspec
+from msgspec import inspect
+
+from harmony_fencer import protocol, server
+from harmony_fencer.admit import PERMITTED, Facts, NewOrder, Peer, Permit, Repeat, Verdict
+from harmony_fencer.admit import Extend as Extended
+from harmony_fencer.ledger import PATIENCE_SHARE
+from harmony_fencer.protocol import (
+    Activate,
+    Fence,
+    Follow,
+    Generation,
+    Hello,
+    OperatorFence,
+    OrderOp,
+    OrderRecord,
+    Refusal,
+    Renew,
+    Reply,
+    Request,
+    StatusRequest,
+    SyncRule,
+    Unfence,
+)
+
+REQUESTS = get_args(protocol.Request)
+REPLIES = get_args(protocol.Reply)
+SHARED = (protocol.Generation, protocol.SyncRule)
+RECORDS = (protocol.OrderRecord, protocol.SelfFence, protocol.Rung, protocol.Latch)
+
+# ---------------------------------------------------------------- fields
+
+_GENERATION = f"the order's number; in a request both counters are at most {protocol.MAX_ASKED}"
+_DEADLINE = "until when PostgreSQL may write; clamped to now + `lease_s`"
+_REASON = "for people"
+_WHO = "who asks, for people"
+MEANING = {
+    "Generation.term": "from the cluster's state, +1 at every claim of leadership",
+    "Generation.order": "counted by the sender within the term",
+    "SyncRule.count": "commits wait for so many of `voters`, at most their number; 0: asynchronous",
+    "SyncRule.voters": "the members that count, each once (PostgreSQL: `ANY count (voters)`)",
+    "Hello.client": "the caller's name, for people",
+    "Activate.generation": _GENERATION,
+    "Activate.deadline_boottime_ns": _DEADLINE,
+    "Activate.sync": "the synchronous replication to be configured before it may write",
+    "Fence.generation": _GENERATION,
+    "Fence.reason": _REASON,
+    "Fence.clean": "true: a planned demotion, a clean shutdown is tried first; false: writes end at once",
+    "Follow.generation": _GENERATION,
+    "Follow.primary": "the member to stream from, another than this node; null: nobody",
+    "Renew.generation": "of the `activate` whose lease is in force",
+    "Renew.deadline_boottime_ns": _DEADLINE + "; an earlier one than that in force changes nothing",
+    "OperatorFence.reason": "kept with the latch",
+    "OperatorFence.who": "kept with the latch",
+    "OperatorFence.clean": "as for `fence`",
+    "Unfence.who": _WHO,
+    "Rung.name": "`fast` (clean shutdown), `freeze`, `kill`",
+    "Rung.took_ms": "how long it took",
+    "Rung.gone": "whether PostgreSQL was gone after it",
+    "Rung.detail": "what was done, for people",
+    "OrderRecord.generation": "under which it was accepted",
+    "OrderRecord.op": "which order",
+    "OrderRecord.primary": "of a `follow`: as it was asked for",
+    "OrderRecord.state": "what became of it: see [outcomes](#outcomes)",
+    "OrderRecord.detail": "why it failed, or what was not as it should be, for people",
+    "OrderRecord.timeline": "of an `activate` that is done: PostgreSQL's timeline",
+    "OrderRecord.took_ms": "from its beginning to its end; 0 while it runs",
+    "OrderRecord.rungs": "of a fence: the steps that were taken, in order",
+    "SelfFence.reason": "why, for people",
+    "SelfFence.at_boottime_ns": "when it began",
+    "SelfFence.state": "as for an order; a fence of its own that failed is tried again until it is done",
+    "SelfFence.detail": "what was not as it should be, for people",
+    "SelfFence.took_ms": "of its newest attempt",
+    "SelfFence.rungs": "of its newest attempt",
+    "Latch.reason": "as the operator gave it",
+    "Latch.who": "as the operator gave it",
+    "Latch.at_utc": "when, ISO 8601",
+    "Status.node": "this node's name",
+    "Status.fencer_id": "random, made with the state file: tells two hosts with one name apart",
+    "Status.boot_id": "of this boot: the times below mean nothing in another",
+    "Status.now_boottime_ns": "when this was written",
+    "Status.trusted": "false: the state on disk cannot be believed; fences only, until it is repaired",
+    "Status.trust_detail": "why, and how to repair it, for people",
+    "Status.highest": "the highest generation accepted: only a greater one is a new order",
+    "Status.active": "of the `activate` whose lease is in force, also while it is being carried out",
+    "Status.lease_deadline_boottime_ns": "when that lease ends; null: PostgreSQL may not write",
+    "Status.order": "the newest accepted order",
+    "Status.self_fence": "the newest fence that the fencer began by itself since it was started",
+    "Status.fence_proven": "a fence was the last thing done since the start, and it ended with proof",
+    "Status.postgres": "whether a postmaster of this data directory lives, as last seen",
+    "Status.postgres_starts": "starts seen by this fencer process: betrays a crash and restart between two looks",
+    "Status.following": "the primary of the last `follow` done, while PostgreSQL runs as a standby",
+    "Status.is_standby": "`standby.signal` is there: whoever starts PostgreSQL gets a read-only standby",
+    "Status.system_identifier": "PostgreSQL's, once it has been read",
+    "Status.latch": "the operator's fence in force",
+    "Status.held_by": "how PostgreSQL's processes are held: a cgroup, or the process tree and why, for people",
+    "Status.watchdog": "the watchdog device and its state, for people",
+    "Status.cannot_lead": "why an `activate` would fail here, for people; empty: nothing is known against it",
+    "Refusal.error": "see [refusals](#refusals)",
+    "Refusal.detail": "for people; printable",
+    "Refusal.highest": "the highest generation accepted; null where the message was not understood",
+    "Accepted.record": "of this order, running; of a repeat, its outcome as far as it is known",
+    "Renewed.deadline_boottime_ns": "the deadline now in force",
+    "Done.detail": "for people",
+}  # fmt: skip
+
+
+def _type(t: inspect.Type) -> str:
+    match t:
+        case inspect.BoolType():
+            return "true, false"
+        case inspect.IntType(ge=low, le=high):
+            return "integer" if high is None else f"integer, {low} to {high}"
+        case inspect.FloatType():
+            return "number"
+        case inspect.StrType(pattern=None, max_length=None):
+            return "string"
+        case inspect.StrType(pattern=None, max_length=high):
+            return f"string, at most {high} characters"
+        case inspect.StrType():
+            return "a [member's name](#types)"
+        case inspect.LiteralType(values=values):
+            return ", ".join(f"`{v}`" for v in values)
+        case inspect.StructType(cls=cls):
+            return f"a [{cls.__name__}](#{cls.__name__.lower()})"
+        case inspect.VarTupleType(item_type=item, max_length=high):
+            return f"array{f' of at most {high}' if high is not None else ''}: each {_type(item)}"
+        case inspect.UnionType(types=types):
+            return ", or ".join("null" if isinstance(x, inspect.NoneType) else _type(x) for x in types)
+        case _:
+            raise AssertionError(t)
+
+
+def _unit(name: str) -> str:
+    if name.endswith("_boottime_ns"):
+        return "ns of CLOCK_BOOTTIME"
+    return "ms" if name.endswith("_ms") else ""
+
+
+def _default(f: inspect.Field) -> str:
+    if f.required:
+        return "always"
+    shown = msgspec.json.encode(f.default).decode()
+    return f"may be left out: `{shown}`"
+
+
+def _struct(cls: type, *, reply: bool = False) -> list[str]:
+    info = inspect.type_info(cls)
+    assert isinstance(info, inspect.StructType)
+    lines = [f"### {cls.__name__}", "", (cls.__doc__ or "").strip(), ""]
+    lines += ["| field | | type and range | unit | meaning |", "| --- | --- | --- | --- | --- |"]
+    if info.tag_field is not None:
+        lines.append(
+            f"| `{info.tag_field}` | always | `{info.tag}` |  | which {'reply' if reply else 'request'} |"
+        )
+    for f in info.fields:
+        if f.name == "v":
+            lines.append(f"| `v` | always | integer | | the protocol's version: {protocol.VERSION} |")
+            continue
+        there = "always" if reply else _default(f)
+        lines.append(
+            f"| `{f.name}` | {there} | {_type(f.type)} | {_unit(f.name)} | {MEANING[f'{cls.__name__}.{f.name}']} |"
+        )
+    return [*lines, ""]
+
+
+def peers_in_code() -> set[Peer]:
+    return set(server.CONNECTIONS)
+
+
+def fields_documented() -> set[str]:
+    """Every Struct.field that the document has a row for."""
+    return {
+        f"{cls.__name__}.{name}"
+        for cls in (*REQUESTS, *REPLIES, *SHARED, *RECORDS)
+        for name in cls.__struct_fields__
+        if name != "v"
+    }
+
+
+# ---------------------------------------------------------------- refusals
+
+REFUSALS = {
+    "bad_frame": (
+        "the length before the body is 0 or over the limit",
+        "your bug; the connection is closed, as where the next frame begins is not known",
+    ),
+    "bad_message": (
+        "the body is not one valid request ([strictly](#json-strictly)); or `follow` names no other member",
+        "your bug, or (`follow`) members configured differently here; the connection goes on",
+    ),
+    "bad_version": (
+        "`v` is another version",
+        "stop: fencer and client are of different releases; restart the older one",
+    ),
+    "not_permitted": (
+        "this user may not send this request; or may not connect, or not once more (then: closed)",
+        "do not repeat; `operator_fence` and `unfence` are for root",
+    ),
+    "stale_generation": (
+        "the generation is not greater than the highest accepted",
+        "somebody ordered since: read `status`, decide anew, count on from `highest`; never just raise the number",
+    ),
+    "conflicting_order": (
+        "the generation was used for another order",
+        "two senders share a number, or you lost count: read `status`, decide anew, take a greater one",
+    ),
+    "not_active": (
+        "the generation renewed is not the one whose lease is in force, or that lease is over",
+        "you do not lead (any more): stop renewing; PostgreSQL is being fenced or was",
+    ),
+    "lease_expired": (
+        "the deadline asked for is not in the future of the fencer's clock",
+        "your heartbeat is too old, or you slept: send nothing older; look at the cluster first",
+    ),
+    "latched": (
+        "an operator's fence is in force",
+        "wait for `unfence`; a `fence` is accepted all the same",
+    ),
+    "not_latched": ("there is no operator's fence to lift", "nothing to do"),
+    "untrusted_state": (
+        "the fencer cannot believe its own memory of the highest generation, or its disk fails",
+        "have it repaired as `trust_detail` says; a `fence` is accepted all the same",
+    ),
+    "storage_failed": (
+        "the order could not be made durable, so it was not begun",
+        "repair the disk; the state is untrusted where the disk did not answer in time",
+    ),
+    "retiring": (
+        "the fencer is ending (asked to, or its supervisor died): it only keeps the lease it has",
+        "connect again: a new fencer comes",
+    ),
+}
+
+
+def _refusals() -> list[str]:
+    lines = ["| error | cause | what the client should do |", "| --- | --- | --- |"]
+    return lines + [f"| `{name}` | {cause} | {do} |" for name, (cause, do) in REFUSALS.items()]
+
+
+def refusals_in_code() -> set[str]:
+    info = inspect.type_info(Refusal)
+    assert isinstance(info, inspect.StructType)
+    (error,) = (f.type for f in info.fields if f.name == "error")
+    assert isinstance(error, inspect.LiteralType)
+    return {str(v) for v in error.values}
+
+
+# ---------------------------------------------------------------- limits and peers
+
+
+def _limits() -> list[str]:
+    rows = [
+        ("version", f"{protocol.VERSION}", "any other: `bad_version`"),
+        ("body of a frame", f"1 to {protocol.MAX_FRAME_BYTES} bytes", "else `bad_frame`, and closed"),
+        (
+            "text in a request",
+            f"{protocol.MAX_TEXT} characters",
+            "Unicode code points; longer: `bad_message`",
+        ),
+        ("counters in a request", f"{protocol.MAX_ASKED}", "larger: `bad_message`"),
+        (
+            "a frame once begun",
+            f"{server.FRAME_TIMEOUT_S:g} s",
+            "from its first byte to its last; slower: closed",
+        ),
+        ("a reply", f"{server.FRAME_TIMEOUT_S:g} s", "to be taken by the client; slower: closed"),
+        ("an idle connection", "no limit", "it costs its own place only"),
+        ("a refused connection", f"{server.REFUSAL_TIMEOUT_S:g} s", "to read why; then closed"),
+        ("connections not yet accepted", f"{server.BACKLOG}", "more wait in connect()"),
+        (
+            "a write to the fencer's disk",
+            f"`fence_timeout_s` × {PATIENCE_SHARE:g}",
+            "slower: `storage_failed`",
+        ),
+    ]
+    lines = ["| what | limit | beyond it |", "| --- | --- | --- |"]
+    return lines + [f"| {what} | {limit} | {beyond} |" for what, limit, beyond in rows]
+
+
+PEERS: dict[Peer, str] = {
+    "root": "uid 0, or the user that the fencer itself runs as",
+    "agent": "`agent_uid` of the configuration",
+    "other": "everybody else",
+}
+
+
+def _op(cls: type) -> str:
+    info = inspect.type_info(cls)
+    assert isinstance(info, inspect.StructType)
+    return str(info.tag)
+
+
+def _peers() -> list[str]:
+    lines = ["| peer | " + " | ".join(f"`{_op(c)}`" for c in REQUESTS) + " | connections |"]
+    lines += ["| --- |" + " --- |" * (len(REQUESTS) + 1)]
+    for peer, who in PEERS.items():
+        may = ["yes" if peer in PERMITTED[c] else "no" for c in REQUESTS]
+        lines.append(f"| **{peer}**: {who} | " + " | ".join(may) + f" | {server.CONNECTIONS[peer]} |")
+    told = server.REFUSED_AT_ONCE
+    return [
+        *lines,
+        "",
+        f"Beyond its connections, {told} more of each peer are told why; the others are just closed.",
+    ]
+
+
+# ---------------------------------------------------------------- admission
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request as admit() sees it, at NOW."""
+
+    facts: Facts
+    request: Request
+    peer: Peer
+
+
+NOW = 1_000
+G = Generation(7, 3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A condition, what is answered where it holds, and how a case is brought into it (None: not by admit())."""
+
+    when: str
+    answer: str  # a refusal's name, or what else
+    bring: Callable[[Case], Case] | None
+
+
+def _facts(case: Case, **changed: object) -> Case:
+    return replace(case, facts=replace(case.facts, **changed))  # type: ignore[arg-type]
+
+
+def _newest(op: OrderOp, primary: str | None = None) -> Callable[[Case], Case]:
+    return lambda c: _facts(c, highest=G, newest=OrderRecord(G, op, primary, "done"))
+
+
+OPS: dict[type, OrderOp] = {Activate: "activate", Fence: "fence", Follow: "follow"}
+
+
+def _same(case: Case) -> Case:
+    op: OrderOp = OPS[type(case.request)]
+    return _newest(op, getattr(case.request, "primary", None))(case)
+
+
+def _late(case: Case) -> Case:
+    return replace(case, request=msgspec.structs.replace(case.request, deadline_boottime_ns=NOW))
+
+
+def _permitted(who: str, peer: Peer) -> Step:
+    return Step(f"the peer is not {who}", "not_permitted", lambda c: replace(c, peer=peer))
+
+
+EITHER = _permitted("root or the agent", "other")
+ROOT = _permitted("root", "agent")
+RETIRING = Step("the fencer is ending, or orphaned", "retiring", lambda c: _facts(c, retiring=True))
+STALE = Step(
+    "the generation is not greater than the highest",
+    "stale_generation",
+    lambda c: _facts(c, highest=Generation(7, 4), newest=None),
+)
+UNTRUSTED = Step("the state is not trusted", "untrusted_state", lambda c: _facts(c, trusted=False))
+LATCHED = Step("an operator's fence is in force", "latched", lambda c: _facts(c, latched=True))
+NOT_DURABLE = Step("it cannot be made durable", "storage_failed", None)
+LATE = Step("the deadline is not in the future", "lease_expired", _late)
+
+
+REPEATED = "accepted, with its outcome so far: nothing is done again"
+
+
+def _repeats(other: OrderOp, *, primary: bool = False) -> list[Step]:
+    same = "the newest order has this very generation, and is the same order"
+    return [
+        Step(f"{same} with the same primary" if primary else same, REPEATED, _same),
+        Step("the newest order has this very generation", "conflicting_order", _newest(other)),
+        STALE,
+    ]
+
+
+NO_MEMBER = Step(
+    "`primary` is this node, or no configured member",
+    "bad_message",
+    lambda c: replace(c, request=msgspec.structs.replace(c.request, primary="n9")),
+)
+NOT_ACTIVE = Step(
+    "the generation is not the one whose lease is in force",
+    "not_active",
+    lambda c: _facts(c, active=Generation(7, 2)),
+)
+OVER = Step(
+    "that lease is over (it is never revived)",
+    "not_active",
+    lambda c: _facts(c, active=G, lease_deadline_ns=NOW),
+)
+NOT_LATCHED = Step("no operator's fence is in force", "not_latched", lambda c: _facts(c, latched=False))
+BEGUN = "accepted: durable, whatever runs is cancelled and awaited, and it begins"
+FRESH = Facts("n1", frozenset({"n1", "n2"}), True, False, False, Generation(7, 2), None, None, 0)
+LEADING = replace(FRESH, highest=G, active=G, lease_deadline_ns=NOW + 50)
+RULE = SyncRule(0, ())
+
+# Per request: a case that is admitted, the conditions in the order in which they are checked, what is done else.
+ADMISSION: list[tuple[Case, list[Step], str]] = [
+    (Case(FRESH, Hello(client=""), "agent"), [EITHER], "status"),
+    (Case(FRESH, StatusRequest(), "agent"), [EITHER], "status"),
+    (
+        Case(FRESH, Activate(generation=G, deadline_boottime_ns=NOW + 9, sync=RULE), "agent"),
+        [EITHER, RETIRING, *_repeats("fence"), UNTRUSTED, LATCHED, LATE, NOT_DURABLE],
+        BEGUN,
+    ),
+    (
+        Case(FRESH, Fence(generation=G, reason=""), "agent"),
+        [EITHER, RETIRING, *_repeats("operator_fence")],
+        f"{BEGUN}; where it cannot be made durable, it begins all the same",
+    ),
+    (
+        Case(FRESH, Follow(generation=G, primary="n2"), "agent"),
+        [EITHER, RETIRING, *_repeats("follow", primary=True), UNTRUSTED, LATCHED, NO_MEMBER, NOT_DURABLE],
+        BEGUN,
+    ),
+    (
+        Case(LEADING, Renew(generation=G, deadline_boottime_ns=NOW + 90), "agent"),
+        [EITHER, RETIRING, NOT_ACTIVE, OVER, LATE],
+        "renewed: the later of the two deadlines, at most now + `lease_s`",
+    ),
+    (
+        Case(FRESH, OperatorFence(reason="", who=""), "root"),
+        [ROOT, RETIRING],
+        f"{BEGUN}, under `highest` with `order` + 1; the node is latched first; never refused for a disk",
+    ),
+    (
+        Case(replace(FRESH, latched=True), Unfence(who=""), "root"),
+        [ROOT, NOT_LATCHED, Step("the latch cannot be removed from disk", "storage_failed", None)],
+        "done: PostgreSQL stays as it is until the next order",
+    ),
+]
+
+
+def answer(verdict: Verdict) -> str:
+    """How a row of this verdict begins."""
+    match verdict:
+        case Refusal(error=error):
+            return error
+        case Repeat():
+            return REPEATED
+        case NewOrder():
+            return BEGUN
+        case Extended():
+            return "renewed"
+        case Permit():
+            return ""
+
+
+def _admission() -> list[str]:
+    lines: list[str] = []
+    for case, steps, otherwise in ADMISSION:
+        lines += [f"**`{_op(type(case.request))}`**", "", "| | when | answer |", "| --- | --- | --- |"]
+        for number, step in enumerate(steps, 1):
+            named = f"`{step.answer}`" if step.answer in REFUSALS else step.answer
+            lines.append(f"| {number} | {step.when} | {named} |")
+        lines += [f"| {len(steps) + 1} | else | {otherwise} |", ""]
+    return lines[:-1]
+
+
+# ---------------------------------------------------------------- an example, byte for byte
+
+
+def _dump(raw: bytes) -> list[str]:
+    lines = []
+    for at in range(0, len(raw), 16):
+        piece = raw[at : at + 16]
+        shown = "".join(chr(b) if 32 <= b < 127 else "." for b in piece)
+        lines.append(f"{at:04x}  {piece.hex(' '):<47}  {shown}")
+    return lines
+
+
+def _example() -> list[str]:
+    record = OrderRecord(Generation(4, 2), "fence", None, "running")
+    said: list[tuple[str, Request | Reply]] = [
+        ("The client sends", Fence(generation=Generation(4, 2), reason="rejoin")),
+        ("The fencer, whose highest was 4.1, answers", protocol.Accepted(record)),
+        ("The client sends an older order", Fence(generation=Generation(4, 1), reason="")),
+        (
+            "The fencer answers",
+            Refusal("stale_generation", "generation 4.1, highest accepted 4.2", Generation(4, 2)),
+        ),
+    ]
+    lines: list[str] = []
+    for who, message in said:
+        raw = protocol.frame(message)
+        lines += [f"{who} {len(raw)} bytes, of which the first four say {len(raw) - 4}:", "", "```"]
+        lines += [*_dump(raw), "```", ""]
+    return lines[:-1]
+
+
+# ---------------------------------------------------------------- into the document
+
+
+def _all(classes: tuple[type, ...], *, reply: bool = False) -> list[str]:
+    return [line for cls in classes for line in _struct(cls, reply=reply)][:-1]
+
+
+SECTIONS: dict[str, Callable[[], list[str]]] = {
+    "limits": _limits,
+    "peers": _peers,
+    "requests": lambda: _all(REQUESTS),
+    "types": lambda: _all(SHARED),
+    "replies": lambda: _all(REPLIES, reply=True),
+    "records": lambda: _all(RECORDS, reply=True),
+    "refusals": _refusals,
+    "admission": _admission,
+    "example": _example,
+}
+_PLACE = re.compile(r"(<!-- rendered: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The document with what stands in its marked places rendered anew. Raises KeyError, ValueError."""
+    places = [name for _, name, _ in _PLACE.findall(text)]
+    if sorted(places) != sorted(SECTIONS):
+        raise ValueError(f"docs/protocol.md has the places {places}, not each of {list(SECTIONS)} once")
+    return _PLACE.sub(
+        lambda m: m.group(1) + "\n" + "\n".join(SECTIONS[m.group(2)]()) + "\n\n" + m.group(3), text
+    )
