@@ -24,8 +24,9 @@ from harmony_fencer.protocol import HEADER, ProtocolError, Refusal, decode_reque
 CONNECTIONS: dict[Peer, int] = {"root": 16, "agent": 8, "other": 0}
 REFUSED_AT_ONCE = 16  # beyond CONNECTIONS: so many are told why, the rest is closed
 BACKLOG = 64
-FRAME_TIMEOUT_S = 10.0
-_CREDENTIALS = struct.Struct("3i")
+FRAME_TIMEOUT_S = 10.0  # for a frame once begun, and for a reply to be taken
+REFUSAL_TIMEOUT_S = 1.0  # the same, for a connection too many
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 def bind(config: FencerConfig) -> socket.socket:
@@ -74,9 +75,11 @@ async def serve(config: FencerConfig, fencer: Fencer, sock: socket.socket) -> No
                     text = f"more than {CONNECTIONS[peer]} connections of {peer}"
                     if peer == "other":
                         text = f"uid {uid} may not talk to the fencer"
-                    await _reply(stream, Refusal("not_permitted", text))
-                    with trio.move_on_after(1.0):  # it may still be sending: let it read the answer
-                        while await stream.receive_some(4096):
+                    with trio.fail_after(REFUSAL_TIMEOUT_S):
+                        await stream.send_all(frame(Refusal("not_permitted", text)))
+                        while await stream.receive_some(
+                            4096
+                        ):  # it may still be sending: let it read the answer
                             pass
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # it went away, or was too slow: its own loss
@@ -110,18 +113,14 @@ async def _talk(fencer: Fencer, stream: trio.SocketStream, peer: Peer, who: str)
                 body = await _exactly(stream, frame_length(first + rest))
                 if not body:
                     return
-            request = decode_request(body)
+            reply = await fencer.handle(decode_request(body), peer)
+            over = False
         except ProtocolError as e:
             log.seldom("bad message", error=e.error, detail=e.detail, who=who)
-            await _reply(stream, Refusal(e.error, e.detail[:300]))
-            if e.error == "bad_frame":
-                return
-            continue
-        reply = await fencer.handle(request, peer)
+            reply = Refusal(e.error, e.detail)
+            over = e.error == "bad_frame"  # where the next frame begins is not known
+        # A reply that was cut short would be read as the beginning of the next: too slow means closed.
         with trio.fail_after(FRAME_TIMEOUT_S):
             await stream.send_all(frame(reply))
-
-
-async def _reply(stream: trio.SocketStream, refusal: Refusal) -> None:
-    with trio.move_on_after(1.0):
-        await stream.send_all(frame(refusal))
+        if over:
+            return
