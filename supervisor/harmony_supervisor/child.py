@@ -60,7 +60,7 @@ class Child:
     last_pong: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
     _stopping: bool = False
-    _became_ready: trio.Event = field(default_factory=trio.Event)
+    _has_started: trio.Event = field(default_factory=trio.Event)
 
     @property
     def answering(self) -> bool:
@@ -71,8 +71,8 @@ class Child:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def wait_ready(self) -> None:
-        await self._became_ready.wait()
+    async def wait_started(self) -> None:
+        await self._has_started.wait()
 
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair()
@@ -122,6 +122,7 @@ class Child:
             self.on_change()
             process, sock = self._start()
             self._process = process
+            self._has_started.set()
             log.info("started", child=self.spec.name, pid=process.pid)
             code = await self._tend(process, sock)
             self._process, self.ready = None, False
@@ -170,7 +171,6 @@ class Child:
         self.last_pong = time.monotonic()
         if word == "ready":
             self.ready = True
-            self._became_ready.set()
             log.info("ready", child=self.spec.name, pid=self.pid)
         elif word == "status":
             self.status = rest

@@ -10,34 +10,40 @@ import argparse
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import pwd
 import subprocess
 import sys
 from pathlib import Path
 
-import structlog
-import trio
-
-from harmony_supervisor.child import EXIT_CONFIG, Spec
 from harmony_supervisor.notify import Notifier
-from harmony_supervisor.supervisor import Settings, Supervisor
 
+EXIT_CONFIG = 78
 EXIT_LOCKED = 75
-FENCER_PING_SHARE = 0.1  # of fence_timeout
-FENCER_HUNG_SHARE = 0.35
+RESOLVE_S = 60.0
 PYTHON = (sys.executable, "-I", "-m")
 
 
-def _resolve(path: str) -> dict[str, dict[str, object]]:
-    """Ask harmony for the resolved configuration. Ends the process with its message when it is wrong."""
+def _resolving(path: str) -> subprocess.Popen[str]:
+    """Ask harmony for the resolved configuration; the answer is for _resolved()."""
     argv = [*PYTHON, "harmony", "config", "resolve", "--config", path]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode != 0:
-        sys.stderr.write(done.stderr)
-        sys.exit(EXIT_CONFIG if done.returncode == EXIT_CONFIG else 1)
-    resolved: dict[str, dict[str, object]] = json.loads(done.stdout)
+    return subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _resolved(process: subprocess.Popen[str]) -> dict[str, dict[str, object]]:
+    """The answer. Ends the process with harmony's message when the configuration is wrong."""
+    try:
+        out, err = process.communicate(timeout=RESOLVE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        sys.stderr.write(f"harmony-supervisor: the configuration was not resolved within {RESOLVE_S:g} s\n")
+        sys.exit(1)
+    if process.returncode != 0:
+        sys.stderr.write(err)
+        sys.exit(EXIT_CONFIG if process.returncode == EXIT_CONFIG else 1)
+    resolved: dict[str, dict[str, object]] = json.loads(out)
     return resolved
 
 
@@ -49,22 +55,6 @@ def _write(path: Path, value: object, mode: int) -> None:
         json.dump(value, file)
     temporary.chmod(mode)
     temporary.rename(path)
-
-
-def _configure_logging(form: str, node: str) -> None:
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
-    structlog.contextvars.bind_contextvars(process="supervisor", node=node)
 
 
 def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> None:
@@ -80,7 +70,8 @@ def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> N
 def _steady() -> None:
     """Real-time scheduling, for us and (inherited) the fencer, where it is granted; the fencer says where not.
 
-    Whoever must kill a hung fencer in time has to get to run. Priority 5 is below all that the kernel needs.
+    Whoever must kill a hung fencer in time has to get to run, and from the first line on: a supervisor that
+    replaces a dead one has only what is left of the lease. Priority 5 is below all that the kernel needs.
     """
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) not in {os.SCHED_RR, os.SCHED_FIFO}:
@@ -103,10 +94,15 @@ def main() -> None:
     parser.add_argument("--boot-fence", action="store_true", help="fence what could write here, and end")
     options = parser.parse_args()
     notifier = Notifier()
-    resolved = _resolve(options.config)
+    if not options.boot_fence:
+        _steady()
+    resolving = _resolving(options.config)
+    if not options.boot_fence:
+        # Takes as long as resolving does: both at once. After a restart the lease is running out.
+        import harmony_supervisor.running  # noqa: PLC0415
+    resolved = _resolved(resolving)
     s = resolved["supervisor"]
     run_dir, state_dir = Path(str(s["run_dir"])), Path(str(s["state_dir"]))
-    _configure_logging(str(s["log_format"]), str(s["node"]))
     user = pwd.getpwnam(str(s["agent_user"])) if s["agent_user"] is not None and os.geteuid() == 0 else None
     try:
         _folders(run_dir, state_dir, (user.pw_uid, user.pw_gid) if user is not None else None)
@@ -122,33 +118,7 @@ def main() -> None:
         sys.stderr.write(f"harmony-supervisor: {e}: run_dir and state_dir must be writable for this user\n")
         sys.exit(EXIT_CONFIG)
     fencer_argv = [*PYTHON, "harmony_fencer", "--config", str(run_dir / "fencer.json")]
+    agent_argv = [*PYTHON, "harmony.agent", "--resolved", str(run_dir / "agent.json")]
     if options.boot_fence:
         os.execv(fencer_argv[0], [*fencer_argv, "--if-unguarded", "boot"])  # noqa: S606
-    _steady()
-    fence_timeout_s = float(str(s["fence_timeout_s"]))
-    lease_s = float(str(resolved["fencer"]["lease_s"]))
-    fencer = Spec(
-        "fencer",
-        fencer_argv,
-        # A fencer that hangs at its lease's end is replaced, and the new one has fenced, within fence_timeout.
-        ping_interval_s=fence_timeout_s * FENCER_PING_SHARE,
-        ping_timeout_s=fence_timeout_s * FENCER_HUNG_SHARE,
-        steady=True,
-        ready_timeout_s=30.0 + lease_s + fence_timeout_s,
-    )
-    agent = Spec(
-        "agent",
-        [*PYTHON, "harmony.agent", "--resolved", str(run_dir / "agent.json")],
-        ping_interval_s=float(str(s["ping_interval_s"])),
-        ping_timeout_s=float(str(s["ping_timeout_s"])),
-        uid=user.pw_uid if user is not None else None,
-        gid=user.pw_gid if user is not None else None,
-        groups=tuple(os.getgrouplist(user.pw_name, user.pw_gid)) if user is not None else (),
-        die_with_us=True,
-    )
-    settings = Settings(node=str(s["node"]), fence_timeout_s=fence_timeout_s, lease_s=lease_s)
-
-    async def run() -> int:
-        return await Supervisor(settings, fencer, agent, [*fencer_argv, "--once"], notifier).run()
-
-    sys.exit(trio.run(run, strict_exception_groups=True))
+    sys.exit(harmony_supervisor.running.run(resolved, fencer_argv, agent_argv, user, notifier))

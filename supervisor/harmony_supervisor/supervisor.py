@@ -78,7 +78,8 @@ class Supervisor:
         return self._code
 
     async def _agent_after_fencer(self) -> None:
-        await self.fencer.wait_ready()
+        """Second, but without waiting for the fencer's readiness: after a restart the lease is running out."""
+        await self.fencer.wait_started()
         await self._keep(self.agent)
 
     async def _keep(self, child: Child) -> None:
