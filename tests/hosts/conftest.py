@@ -12,8 +12,11 @@ from typing import Protocol
 
 import pytest
 
+from tests.hosts.debian import Debian, version
 from tests.hosts.harmony_host import HarmonyHost
 from tests.hosts.host import Host, why_not
+
+GRANT = "/etc/systemd/system/harmony.service.d/grant.conf"
 
 
 class NewHost(Protocol):
@@ -62,6 +65,33 @@ def harmony_host(template: HarmonyHost) -> Iterator[HarmonyHost]:
         yield made
 
 
+@pytest.fixture(scope="session")
+def hard_host(template: HarmonyHost) -> Iterator[HarmonyHost]:
+    """A primary that tests stop, kill and freeze, and leave leading again; with real-time scheduling granted."""
+    with HarmonyHost("hard", like=template) as made:
+        grant(made)
+        made.systemctl("restart", "harmony", timeout=90)
+        made.wait_for_primary()
+        yield made
+
+
+def grant(host: HarmonyHost) -> None:
+    """What LimitRTPRIO= and LimitMEMLOCK= grant on a real host, where this one's systemd may not raise limits."""
+    limit = [
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--pipe",
+        "--property=LimitRTPRIO=5",
+        "sh",
+        "-c",
+        "ulimit -Hr",
+    ]
+    if host.run(limit).stdout.strip() == "0":
+        host.write(GRANT, "[Service]\nCapabilityBoundingSet=CAP_SYS_NICE CAP_IPC_LOCK\n")
+        host.systemctl("daemon-reload")
+
+
 @pytest.fixture
 def new_host(able: None) -> Iterator[NewHost]:
     """Makes hosts of a test's own, not yet booted; they are destroyed after the test."""
@@ -88,3 +118,24 @@ def fresh_harmony_host(template: HarmonyHost, new_host: NewHost) -> HarmonyHost:
     made.boot()
     made.wait_for_primary()
     return made
+
+
+@pytest.fixture(scope="session")
+def debian(able: None) -> Debian:
+    """Debian's PostgreSQL; skips where this machine has none."""
+    found = version()
+    if found is None:
+        pytest.skip("no PostgreSQL of Debian's, or no postgresql-common, on this machine")
+    return Debian(found)
+
+
+@pytest.fixture(scope="session")
+def debian_template(template: HarmonyHost, debian: Debian) -> Iterator[HarmonyHost]:
+    """A host with Debian's cluster and Harmony configured for it (run = "pg_ctl"), not started, switched off."""
+    with HarmonyHost("debian", like=template) as made:
+        made.systemctl("disable", "--now", "harmony", timeout=90)
+        made.run(["sh", "-c", "rm -rf /var/lib/harmony /srv/harmony /run/harmony"])
+        debian.make(made)
+        made.configure(debian.cluster("pg_ctl"), debian.programs())
+        made.power_off()
+        yield made

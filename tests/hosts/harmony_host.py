@@ -24,6 +24,7 @@ from pathlib import Path
 import tomli_w
 
 from harmony.demo.databases import Node
+from harmony.fencer_client import protocol
 from tests.hosts.host import PYTHON, VENV, Host, HostError
 
 # What is installed; another tree (an older version, a clean checkout) by the environment.
@@ -66,6 +67,15 @@ import psycopg
 with psycopg.connect(sys.argv[1], autocommit=True, connect_timeout=5) as connection:
     cursor = connection.execute(sys.argv[2])
     print(json.dumps(cursor.fetchall() if cursor.description else [], default=str))
+"""
+ASK_FENCER = """
+import socket, struct, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.settimeout(5)
+    sock.connect("/run/harmony/fencer.sock")
+    sock.sendall(sys.stdin.buffer.read())
+    file = sock.makefile("rb")
+    print(file.read(struct.unpack(">I", file.read(4))[0]).decode())
 """
 
 
@@ -237,3 +247,16 @@ class HarmonyHost(Host):
         done = self.run([f"{PREFIX}/bin/python", "-I", "-c", SQL, conninfo, statement])
         rows: list[list[object]] = json.loads(done.stdout)
         return rows
+
+    def ask_fencer(self, request: protocol.Request) -> protocol.Reply:
+        """Ask the fencer something, as root, and return its reply."""
+        argv = [f"{PREFIX}/bin/python", "-I", "-c", ASK_FENCER]
+        done = self.run(argv, stdin=protocol.frame(request))
+        return protocol.decode_reply(done.stdout.strip().encode())
+
+    def fencer(self) -> protocol.Status:
+        """All that the fencer says about itself."""
+        reply = self.ask_fencer(protocol.StatusRequest())
+        if not isinstance(reply, protocol.Status):
+            raise HostError(f"{self.name}: the fencer answered {reply}")
+        return reply

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -41,6 +41,15 @@ RUN_TIMEOUT_S = 30.0
 
 class HostError(AssertionError):
     """The host, or a command in it, did not do what was asked; the message carries what it said."""
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
+    """Look again and again until it holds. Raises HostError saying `what` never came."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise HostError(f"not within {timeout:g} s: {what}")
+        time.sleep(0.02)
 
 
 def why_not() -> str | None:
@@ -124,8 +133,10 @@ class Host:
             *("systemd-nspawn", "--quiet", f"--directory={self._root}", f"--machine={self.name}", "--boot"),
             *("--register=no", "--keep-unit", "--notify-ready=yes", "--console=read-only", network, *binds),
             *("--link-journal=no", "--resolv-conf=off", "--timezone=off"),
-            # As on real hosts, where nspawn is careful by default: mlockall, and rules of a firewall.
-            "--capability=CAP_IPC_LOCK,CAP_NET_ADMIN",
+            # As on real hosts, where nspawn is careful by default: mlockall, rules of a firewall, and device
+            # policies of units, which systemd keeps by bpf.
+            "--capability=CAP_IPC_LOCK,CAP_NET_ADMIN,CAP_BPF",
+            "--system-call-filter=bpf",
             "systemd.unit=multi-user.target",
         ]
 
@@ -144,6 +155,11 @@ class Host:
             said = self._keeper.stderr.read().decode() if ready or ended else "(nothing)"
             raise HostError(f"{self.name}: the keeper said {line!r}, not {expected!r}: {said}")
         return line
+
+    @property
+    def leader(self) -> int | None:
+        """Its systemd, as this machine numbers it, while it runs: what enters its namespaces enters by this."""
+        return self._leader
 
     # ------------------------------------------------------------ power
 
