@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import psycopg
 
-from harmony.demo.parts import Postgres, run_as
+from harmony.demo.parts import Postgres, environment, run_as
 from harmony.fencer_client import call
 from harmony_fencer import cgroup, processes, protocol
 
@@ -37,6 +43,48 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+class Writer:
+    """A client that inserts row after row, and notes when (CLOCK_BOOTTIME) each was acknowledged.
+
+    It connects again whenever it is thrown out. The notes are what a promise about writes is held against.
+    """
+
+    def __init__(self, node: Node, pause_s: float) -> None:
+        self._node, self._pause_s = node, pause_s
+        self.acks: list[int] = []
+        self._over = threading.Event()
+        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.01):
+            with contextlib.suppress(psycopg.Error), self._node.connect() as c:
+                self._connection = c
+                c.execute("CREATE TABLE IF NOT EXISTS acks (x int)")
+                while not self._over.wait(self._pause_s) if self._pause_s else not self._over.is_set():
+                    c.execute("INSERT INTO acks VALUES (1)")
+                    self.acks.append(boot_ns())
+
+    @property
+    def last_ns(self) -> int:
+        return self.acks[-1] if self.acks else 0
+
+    def longest_gap_s(self, since_ns: int, until_ns: int) -> float:
+        """The longest time without an acknowledged write between two moments."""
+        marks = [since_ns, *(a for a in self.acks if since_ns <= a <= until_ns), until_ns]
+        return max(b - a for a, b in pairwise(marks)) / 1e9
+
+    def stop(self) -> None:
+        self._over.set()
+        with contextlib.suppress(psycopg.Error, OSError, ValueError):
+            if self._connection is not None and self._thread.is_alive():
+                with socket.fromfd(self._connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as s:
+                    s.shutdown(socket.SHUT_RDWR)  # it may wait for a PostgreSQL that is frozen
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "the writer hangs"
 
 
 class Node:
@@ -88,6 +136,17 @@ class Node:
             )
         )
 
+        self.hands: list[subprocess.Popen[bytes]] = []  # what was started by hand and runs in the foreground
+
+    def configure(self, **changes: object) -> None:
+        """Other values in fencer.json, before the fencer is started."""
+        self.config.write_text(json.dumps(json.loads(self.config.read_text()) | changes))
+
+    def set_postgres(self, **settings: str) -> None:
+        """More lines in postgresql.conf."""
+        with (self.data / "postgresql.conf").open("a") as f:
+            f.writelines(f"{key} = '{value}'\n" for key, value in settings.items())
+
     # -------------------------------------------------------- the fencer
 
     def argv(self, *more: str) -> list[str]:
@@ -132,6 +191,19 @@ class Node:
                 generation=protocol.Generation(term, order), deadline_boottime_ns=boot_ns() + 10 * 10**9
             )
         )
+
+    def fence(self, term: int, order: int, *, clean: bool = False) -> protocol.OrderRecord:
+        """Ordered, and what became of it."""
+        generation = protocol.Generation(term, order)
+        reply = self.ask(protocol.Fence(generation=generation, reason="test", clean=clean))
+        assert isinstance(reply, protocol.Accepted), reply
+        return self.outcome()
+
+    def follow(self, term: int, order: int) -> None:
+        reply = self.ask(protocol.Follow(generation=protocol.Generation(term, order), primary=None))
+        assert isinstance(reply, protocol.Accepted), reply
+        record = self.outcome()
+        assert record.state == "done", (record, self.log())
 
     def outcome(self, *, renewing: bool = False) -> protocol.OrderRecord:
         """The newest order's record once it has ended."""
@@ -184,6 +256,93 @@ class Node:
         log = str(self.data / "hand.log")
         run_as(self.template.user, [*argv, "-l", log, "-o", options], self.template.postgres.library_dir, 30)
 
+    def hand(
+        self, how: Literal["pg_ctl", "postgres", "PGDATA"] = "postgres", data: Path | None = None
+    ) -> None:
+        """Start PostgreSQL as somebody would who knows nothing of Harmony, and do not wait for it."""
+        self.tidy()
+        where = str(data or self.data)
+        options = ["-p", str(self.port), "-c", f"unix_socket_directories={self.top}/s"]
+        options += ["-c", "listen_addresses=127.0.0.1"]
+        bin_dir, variables = self.template.postgres.bin_dir, environment(self.template.postgres.library_dir)
+        if how == "pg_ctl":
+            argv = [f"{bin_dir}/pg_ctl", "start", "-W", "-D", where, "-l", f"{where}/hand.log"]
+            argv += ["-o", " ".join(options)]
+        elif how == "postgres":
+            argv = [f"{bin_dir}/postgres", "-D", where, *options]
+        else:
+            argv, variables = [f"{bin_dir}/postgres", *options], variables | {"PGDATA": where}
+        entry = pwd.getpwnam(self.template.user) if self.template.user is not None else None
+        with (self.top / "hand.log").open("ab") as log:
+            process = subprocess.Popen(
+                argv,
+                user=entry.pw_uid if entry else None,
+                group=entry.pw_gid if entry else None,
+                extra_groups=[] if entry else None,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=variables,
+                start_new_session=True,
+            )
+        self.hands.append(process)
+
+    def tidy(self) -> None:
+        """Before a start by hand: a dead postmaster that nobody has reaped yet would be taken for alive.
+
+        (PID 1 may take its time. At a start of its own the fencer does the same.)
+        """
+        self.hands = [p for p in self.hands if p.poll() is None]
+        for path in (self.data / "postmaster.pid", self.top / "s" / f".s.PGSQL.{self.port}.lock"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                pid = path.read_text().split()[0]
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    path.unlink()
+
+    def in_recovery(self) -> bool | None:
+        """Whether it is a read-only standby; None: nobody answers."""
+        try:
+            with self.connect() as c:
+                row = c.execute("SELECT pg_is_in_recovery()").fetchone()
+        except psycopg.Error:
+            return None
+        return bool(row and row[0])
+
+    def cluster_state(self) -> str:
+        """As pg_controldata has it."""
+        argv = [f"{self.template.postgres.bin_dir}/pg_controldata", "-D", str(self.data)]
+        out = run_as(self.template.user, argv, self.template.postgres.library_dir, 10).stdout
+        return next(
+            line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith("Database cluster")
+        )
+
+    @contextlib.contextmanager
+    def writing(self, pause_s: float = 0.0) -> Iterator[Writer]:
+        """A Writer that has written."""
+        writer = Writer(self, pause_s)
+        try:
+            self.wait(lambda: writer.acks, "the writer writes")
+            yield writer
+        finally:
+            writer.stop()
+
+    def send(self, pid: int, number: signal.Signals) -> None:
+        assert processes.send(pid, number, str(self.data)), f"{pid} is not PostgreSQL's any more"
+
+    def postmaster(self) -> int:
+        found = processes.postmaster(str(self.data))
+        assert found is not None
+        return found
+
+    def kill_postgres(self) -> None:
+        """SIGKILL to all of it, as the OOM killer or an operator's killall would."""
+        while pids := self.pids():
+            for pid in pids:
+                processes.send(pid, signal.SIGKILL, str(self.data))
+            time.sleep(0.005)
+        self.tidy()
+
     def promote_by_hand(self) -> None:
         argv = [f"{self.template.postgres.bin_dir}/pg_ctl", "promote", "-D", str(self.data)]
         run_as(self.template.user, argv, self.template.postgres.library_dir, 30)
@@ -208,6 +367,9 @@ class Node:
             for pid in self.pids():
                 processes.send(pid, signal.SIGKILL, str(self.data))
             time.sleep(0.02)
+        for process in self.hands:
+            process.kill()
+            process.wait()
         made, _ = cgroup.make(str(self.data))
         if made is not None:
             made.remove()
