@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,16 +239,3 @@ def test_a_power_cut_loses_no_row(fresh_harmony_host: HarmonyHost) -> None:
     host.boot()
     assert host.wait_for_primary() == "n1"
     assert host.sql("SELECT id FROM harmony_demo") == [[3]]
-
-
-def test_a_hung_supervisor_is_ended_by_the_watchdog(fresh_harmony_host: HarmonyHost) -> None:
-    """WatchdogSec is real here: systemd kills it, starts it anew, and the cluster has its primary again."""
-    host = fresh_harmony_host
-    old = host.show("harmony", "MainPID")
-    assert host.signal("harmony-supervisor", signal.SIGSTOP) == 1
-    deadline = time.monotonic() + 60
-    while host.show("harmony", "MainPID") in {old, "0"}:
-        assert time.monotonic() < deadline, host.journal("harmony")
-        time.sleep(0.1)
-    assert host.wait_for_primary() == "n1"
-    assert int(host.show("harmony", "NRestarts")) >= 1
