@@ -26,6 +26,7 @@ from harmony_fencer.tree import Tree
 POLL_S = 0.002
 PORT_POLL_S = 0.02
 AGAIN_S = 0.1
+WATCH_AGAIN_S = 0.05
 MARK_SHARE = 0.15
 
 
@@ -63,17 +64,31 @@ class Ladder:
                 await self._kill()
         if not notes:
             notes = await self._mark()
-        while not self._tree.gone() and boot_ns() < self._end:
-            await self._kill()  # somebody started one meanwhile
-        closed = await self._port_closed()
-        return self._outcome(notes, closed=closed)
+        return self._outcome(notes, proven=await self._proof())
 
-    def _outcome(self, notes: str, *, closed: bool) -> Outcome:
+    async def _proof(self) -> bool:
+        """Until one look finds nobody and nobody listens, or the budget is spent.
+
+        Somebody may start PostgreSQL at any moment. What was begun before standby.signal was there is killed;
+        what begins after the proof is a read-only standby.
+        """
+        while True:
+            gone = self._tree.gone()
+            if gone and not processes.listening(self._port):
+                return True
+            if boot_ns() >= self._end:
+                return False
+            if gone:
+                await trio.sleep(PORT_POLL_S)
+            else:
+                await self._kill()
+
+    def _outcome(self, notes: str, *, proven: bool) -> Outcome:
         took_ms = (boot_ns() - self._started) / 1e6
-        left = self._tree.everybody()
-        if not left and closed:
+        if proven:
             self._tree.released()
             return Outcome(True, notes.strip("; "), tuple(self._rungs), took_ms)
+        left = self._tree.everybody()
         rung = self._rungs[-1].name if self._rungs else "proof"
         if left:
             who = ", ".join(processes.describe(p) for p in left[:8]) + (" …" if len(left) > 8 else "")
@@ -104,10 +119,16 @@ class Ladder:
 
     async def _fast(self) -> None:
         begun = boot_ns()
+        self._tree.watch()
         master = self._tree.postmaster()
         sent = master is not None and self._tree.signal_postmaster(signal.SIGINT)
+        watched_ns = begun
         while sent and not self._tree.gone() and boot_ns() < self._clean_until:
             await trio.sleep(POLL_S * 2)
+            if boot_ns() - watched_ns > WATCH_AGAIN_S * NS:
+                self._tree.watch()
+                watched_ns = boot_ns()
+        self._tree.watched()
         detail = f"SIGINT to postmaster {master}" if sent else "no postmaster to tell"
         self._rung("fast", begun, detail)
 
@@ -127,10 +148,3 @@ class Ladder:
             if self._tree.gone() or boot_ns() >= self._end:
                 break
         self._rung("kill", begun, f"{seen} processes")
-
-    async def _port_closed(self) -> bool:
-        while processes.listening(self._port):
-            if boot_ns() >= self._end:
-                return False
-            await trio.sleep(PORT_POLL_S)
-        return True

@@ -137,10 +137,8 @@ class Postgres:
     async def start(self) -> None:
         await self.mark_standby()
         stale = self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
-        if stale is not None:
-            log.warning(
-                "removed a dead postmaster's lock files: its pid is not reaped, or another's", pid=stale
-            )
+        if stale:
+            log.warning("removed lock files that a dead postmaster left", files=stale)
         await self._programs.start(self.data / settings.CONF, self.tree.ready_to_start())
 
     async def reload(self) -> None:

@@ -3,8 +3,9 @@
 A process is PostgreSQL's when its executable is named postgres or postmaster and its working directory
 *is* the data directory (device and inode: PostgreSQL changes into it at once, backends inherit it), or,
 while it is just starting, when its arguments or PGDATA name it; and so are the descendants of such a
-process (an archive_command, a COPY … PROGRAM). Every signal goes through a pidfd that was opened before
-the process was verified: a pid that has passed to another program is never signalled.
+process (an archive_command, a COPY … PROGRAM) and what these left in its session. Every signal goes
+through a pidfd that was opened before the process was verified: a pid that has passed to another program
+is never signalled.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
 NAMES = {"postgres", "postmaster"}
 MAX_PASSES = 50
+EXEC_S = 0.01
 Identity = tuple[int, int]
 
 
@@ -45,9 +48,17 @@ def identity(data_dir: str) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
+def _arguments(pid: int) -> bytes:
+    """/proc/PID/cmdline. In the middle of an exec the new executable is seen before its arguments: wait for them."""
+    until = time.monotonic() + EXEC_S
+    while not (raw := Path(f"/proc/{pid}/cmdline").read_bytes()) and _alive(pid) and time.monotonic() < until:
+        time.sleep(0)
+    return raw
+
+
 def _named(pid: int) -> list[str]:
     """The data directory that a starting postgres was told, before it has changed into it."""
-    argv = [os.fsdecode(a) for a in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    argv = [os.fsdecode(a) for a in _arguments(pid).split(b"\0")]
     found = [b for a, b in pairwise(argv) if a == "-D"]
     for argument in argv[1:]:
         if argument.startswith("-D"):
@@ -110,6 +121,22 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def in_sessions(leaders: Iterable[int], data_dir: str) -> list[int]:
+    """Who is in the session of one of `leaders`, as the data directory's owner: what a helper left behind in the
+    background when it ended (its parent is PID 1 by then)."""
+    wanted, found = {str(pid) for pid in leaders}, []
+    if not wanted:
+        return []
+    with contextlib.suppress(OSError):
+        owner = Path(data_dir).stat().st_uid
+        for name in os.listdir("/proc"):
+            if name.isdigit() and wanted.intersection(_stat(int(name))[3:4]):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{name}").stat().st_uid == owner:
+                        found.append(int(name))
+    return found
+
+
 def describe(pid: int) -> str:
     """For the operator: what it is, its state, and where in the kernel it waits."""
     try:
@@ -129,10 +156,12 @@ class Pinned:
 
     def __init__(self) -> None:
         self._fds: dict[int, int] = {}
+        self._sessions: set[int] = set()  # of backends and workers: each leads one of its own
 
     def catch(self, data_dir: str, pids: Iterable[int]) -> list[int]:
         """Pin those of `pids` that belong to the data directory, and their descendants; the new ones."""
-        wanted = identity(data_dir)
+        wanted, master = identity(data_dir), pid_file(data_dir)
+        self._forget_ended()
         new: list[int] = []
         waiting = [(pid, 0) for pid in pids]
         while waiting:
@@ -141,19 +170,43 @@ class Pinned:
                 new.append(pid)
             if pid in self._fds:
                 waiting += [(child, pid) for child in children(pid)]
+        if master is not None:
+            self._sessions.discard(master)  # it may be the session of a shell that somebody works in
         return new
 
-    def _pin(self, pid: int, parent: int, wanted: Identity | None) -> bool:
+    def catch_left_behind(self, data_dir: str) -> list[int]:
+        """Pin what helpers of pinned processes left in the background; the new ones."""
+        found = [p for p in in_sessions(self._sessions, data_dir) if p not in self._fds]
+        new = [pid for pid in found if self._pin(pid, 0, None, self._sessions)]
+        return new + self.catch(data_dir, new)
+
+    def adopt(self, pid: int) -> bool:
+        """Pin a child of this very process."""
+        return pid in self._fds or self._pin(pid, os.getpid(), None)
+
+    def _pin(self, pid: int, parent: int, wanted: Identity | None, sessions: Iterable[int] = ()) -> bool:
         try:
             fd = os.pidfd_open(pid)
         except OSError:
             return False
         fields = _stat(pid)
-        if (parent and fields[1:2] == [str(parent)]) or (wanted is not None and belongs(pid, wanted)):
+        if (
+            (parent and fields[1:2] == [str(parent)])
+            or (wanted is not None and belongs(pid, wanted))
+            or (fields[3:4] and int(fields[3]) in sessions)
+        ):
             self._fds[pid] = fd
+            if fields[3:4] == [str(pid)]:
+                self._sessions.add(pid)
             return True
         os.close(fd)
         return False
+
+    def _forget_ended(self) -> None:
+        """Their numbers may come back as other processes of PostgreSQL, which must be pinned anew."""
+        left = set(self.left())
+        for pid in [p for p in self._fds if p not in left]:
+            os.close(self._fds.pop(pid))
 
     def send(self, number: signal.Signals, only: Iterable[int] | None = None) -> int:
         """Signal all, or `only` those; how many were there to take it."""
@@ -171,13 +224,21 @@ class Pinned:
         `skip` are pinned and get no signal (their cgroup is frozen). Returns how many were sent.
         """
         master = postmaster(data_dir)
-        total = self._stop_new(data_dir, skip, lambda: [master] if master is not None else [])
-        return total + self._stop_new(data_dir, skip, lambda: [*of_data_dir(data_dir), *self._fds])
 
-    def _stop_new(self, data_dir: str, skip: set[int], look: Callable[[], list[int]]) -> int:
+        def near() -> list[int]:
+            return self.catch(data_dir, [master] if master is not None else [])
+
+        def far() -> list[int]:
+            return self.catch(data_dir, [*of_data_dir(data_dir), *self._fds]) + self.catch_left_behind(
+                data_dir
+            )
+
+        return self._stop_new(skip, near) + self._stop_new(skip, far)
+
+    def _stop_new(self, skip: set[int], look: Callable[[], list[int]]) -> int:
         total = 0
         for _ in range(MAX_PASSES):
-            new = self.catch(data_dir, look())
+            new = look()
             total += self.send(signal.SIGSTOP, [p for p in new if p not in skip])
             if not new:
                 break
@@ -196,6 +257,37 @@ class Pinned:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        self._sessions.clear()
+
+
+def end_starter(pid: int, data_dir: str) -> None:
+    """SIGKILL to our child `pid` (pg_ctl) and what it has begun and is not PostgreSQL yet: in the moment
+    between its fork and PostgreSQL's exec, nobody would find that later, and it would start after all.
+
+    What is PostgreSQL already is left as it is. Never raises.
+    """
+    wanted, pinned = identity(data_dir), Pinned()
+    try:
+        with contextlib.suppress(OSError):
+            pinned.adopt(pid)
+            pinned.send(signal.SIGSTOP)
+            for _ in range(MAX_PASSES):
+                held = list(pinned._fds)  # noqa: SLF001
+                below = [
+                    (child, parent) for parent in held for child in children(parent) if child not in held
+                ]
+                new = [
+                    child
+                    for child, parent in below
+                    if not (wanted is not None and belongs(child, wanted))
+                    and pinned._pin(child, parent, None)  # noqa: SLF001
+                ]
+                pinned.send(signal.SIGSTOP, new)
+                if not new:
+                    break
+        pinned.send(signal.SIGKILL)
+    finally:
+        pinned.close()
 
 
 def send(pid: int, number: signal.Signals, data_dir: str) -> bool:

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import trio
 
+from harmony_fencer import processes
 from harmony_fencer.cgroup import Cgroup
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.log import log
 from harmony_fencer.realtime import ordinary
 
 LOG = "harmony-postgres.log"
 SYSTEMCTL_S = 5.0
+KILLED_S = 0.2
 
 
 class PostgresError(Exception):
@@ -32,11 +35,6 @@ def log_tail(data: Path) -> str:
     except OSError:
         return ""
     return " | ".join(raw.decode("utf-8", "replace").split("\n"))[-300:].strip(" |")
-
-
-async def _kill_at_once(process: trio.Process) -> None:
-    """Killing pg_ctl or systemctl harms nothing, and it may be frozen: SIGTERM could wait for ever."""
-    process.kill()
 
 
 class Programs:
@@ -71,30 +69,46 @@ class Programs:
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
         with tempfile.TemporaryFile() as sink:
             try:
-                with trio.fail_after(timeout_s):
-                    done = await trio.run_process(
-                        [*ordinary(), *argv],
-                        stdin=subprocess.DEVNULL,
-                        stdout=sink,
-                        stderr=sink,
-                        env=self._environment(),
-                        cwd="/",
-                        check=False,
-                        start_new_session=True,
-                        deliver_cancel=_kill_at_once,
-                    )
-            except trio.TooSlowError as e:
-                raise PostgresError(f"{shown} did not end within {timeout_s:g} s") from e
+                process = await trio.lowlevel.open_process(
+                    [*ordinary(), *argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    env=self._environment(),
+                    cwd="/",
+                    start_new_session=True,
+                )
             except OSError as e:
                 raise PostgresError(f"{shown} could not be run: {e}") from e
+            try:
+                with trio.fail_after(timeout_s):
+                    await process.wait()
+            except trio.TooSlowError as e:
+                raise PostgresError(f"{shown} did not end within {timeout_s:g} s") from e
+            finally:
+                await self._end(process, shown)
             sink.seek(0)
             text = sink.read()[-4000:].decode("utf-8", "replace")
-        if done.returncode != 0:
+        if process.returncode != 0:
             said = " ".join(text.split())[-200:]
             raise PostgresError(
-                f"{shown} exited {done.returncode}: {said}; log: {log_tail(Path(self._c.data_dir))}"
+                f"{shown} exited {process.returncode}: {said}; log: {log_tail(Path(self._c.data_dir))}"
             )
         return text
+
+    async def _end(self, process: trio.Process, shown: str) -> None:
+        """Cancelled or too slow: killed (that harms nothing; it may be frozen, and SIGTERM wait for ever).
+
+        One that waits for a hung disk cannot be killed now and is not waited for: no fence hangs with it. It
+        does nothing more when the disk comes back.
+        """
+        if process.returncode is not None:
+            return
+        processes.end_starter(process.pid, self._c.data_dir)
+        with trio.CancelScope(shield=True), trio.move_on_after(KILLED_S):
+            await process.wait()
+            return
+        log.error("cannot be killed, is the disk hung? Going on without it", program=shown, pid=process.pid)
 
     async def run(self, program: str, *arguments: str, timeout_s: float) -> str:
         """stdout and stderr of one of PostgreSQL's programs. Raises PostgresError."""

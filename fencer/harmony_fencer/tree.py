@@ -14,6 +14,7 @@ from harmony_fencer import cgroup, processes
 from harmony_fencer.cgroup import Cgroup
 
 FREEZE_WAIT_S = 0.02
+EMPTY = 0
 
 
 class Tree:
@@ -93,6 +94,17 @@ class Tree:
                 if found is not None and found.path not in known:
                     self._groups.append(found)
 
+    def watch(self) -> None:
+        """Pin what is there while it shuts down by itself: what it leaves behind is found by that. Never raises."""
+        with contextlib.suppress(OSError):
+            master = self.postmaster()
+            self._pinned.catch(self._data, [master] if master is not None else self.pids())
+
+    def watched(self) -> None:
+        """The last look: what helpers left in the background. Never raises."""
+        with contextlib.suppress(OSError):
+            self._pinned.catch_left_behind(self._data)
+
     def signal_postmaster(self, number: signal.Signals) -> bool:
         """Through a pidfd, verified. False when there is none."""
         master = self.postmaster()
@@ -105,6 +117,7 @@ class Tree:
                 group.signal(signal.SIGKILL)
         with contextlib.suppress(OSError):
             self._pinned.catch(self._data, self.pids())
+            self._pinned.catch_left_behind(self._data)
         self._pinned.send(signal.SIGKILL)
 
     def released(self) -> None:
@@ -123,27 +136,33 @@ class Tree:
             self.own.thaw()
         return self.own
 
-    def clear_stale_lock(self, port: int, socket_dir: str) -> int | None:
-        """Remove postmaster.pid where kill(pid, 0) says "alive" of a postmaster that is dead, as PostgreSQL
-        would refuse to start: its pid is another program's now, or nobody has reaped it yet. Its socket's
-        lock file likewise, when it names the same pid. Returns that pid.
+    def clear_stale_lock(self, port: int, socket_dir: str) -> list[str]:
+        """Remove lock files with which PostgreSQL would refuse to start though nobody is here; which ones.
 
-        Any other stale file is left to PostgreSQL, which checks more. Raises OSError.
+        postmaster.pid where kill(pid, 0) says "alive" of a postmaster that is dead: its pid is another program's
+        now, or nobody has reaped it yet. Its socket's lock file likewise. Either where it is empty: its
+        postmaster was killed between making it and writing it. Any other stale file is left to PostgreSQL,
+        which checks more. Raises OSError.
         """
         path = Path(self._data) / "postmaster.pid"
-        pid = processes.pid_file(self._data)
-        if pid is None or not Path(f"/proc/{pid}").exists() or self.pids():
-            return None
-        aside = path.with_name("postmaster.pid.stale")
-        path.rename(aside)  # first aside, then looked at: a file that is new since is put back
-        if _first_number(aside) != pid:
-            aside.rename(path)
-            return None
-        aside.unlink()
+        if self.pids():
+            return []
+        cleared, was = [], _lock(path)
+        if was == EMPTY or (was is not None and Path(f"/proc/{was}").exists()):
+            aside = path.with_name("postmaster.pid.stale")
+            path.rename(aside)  # first aside, then looked at: a file that is new since is put back
+            if _lock(aside) != was:
+                aside.rename(path)
+                return []
+            aside.unlink()
+            cleared.append(str(path))
         lock = Path(socket_dir.split(",", maxsplit=1)[0].strip()) / f".s.PGSQL.{port}.lock"
-        if _first_number(lock) == pid:
+        of_socket = _lock(lock)
+        # PostgreSQL listens before it makes this file: an empty one of somebody else's is not taken for ours.
+        if (of_socket == EMPTY and not processes.listening(port)) or (cleared and of_socket == was != EMPTY):
             lock.unlink()
-        return pid
+            cleared.append(str(lock))
+        return cleared
 
     def remove(self) -> None:
         """Take the empty cgroup away (at the fencer's end)."""
@@ -151,8 +170,10 @@ class Tree:
             self.own.remove()
 
 
-def _first_number(path: Path) -> int | None:
+def _lock(path: Path) -> int | None:
+    """The pid in a lock file, or EMPTY; None where there is no such file, or it says something else."""
     try:
-        return int(path.read_text().split("\n", 1)[0])
+        first = path.read_text().split("\n", 1)[0].strip()
+        return int(first) if first else EMPTY
     except (OSError, ValueError):
         return None

@@ -295,9 +295,11 @@ class Node:
         """
         self.hands = [p for p in self.hands if p.poll() is None]
         for path in (self.data / "postmaster.pid", self.top / "s" / f".s.PGSQL.{self.port}.lock"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                pid = path.read_text().split()[0]
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            with contextlib.suppress(OSError):
+                pid = (path.read_text().split() or ["0"])[0]
+                if pid == "0" and self.pids():
+                    continue  # it is being written
+                if pid == "0" or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                     path.unlink()
 
     def in_recovery(self) -> bool | None:
