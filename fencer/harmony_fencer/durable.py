@@ -53,16 +53,14 @@ class RealDisk:
 REAL = RealDisk()
 
 
-def replace(path: Path, data: bytes, *, disk: Disk = REAL, owner: tuple[int, int] | None = None) -> None:
-    """Durable when it returns. `owner`: (uid, gid) of the new file. Raises OSError, with the old file intact."""
+def replace(path: Path, data: bytes, *, disk: Disk = REAL) -> None:
+    """Durable when it returns. Raises OSError, with the old file intact. In folders of our own only."""
     temporary = path.with_name(path.name + ".new")
     fd = disk.create(temporary)
     try:
         left = data
         while left:
             left = left[disk.write(fd, left) :]
-        if owner is not None:
-            os.fchown(fd, *owner)
         disk.fsync(fd)
     finally:
         disk.close(fd)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import trio
 
-from harmony_fencer import durable, processes, settings
+from harmony_fencer import processes, settings
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Outcome
+from harmony_fencer.files import Change, Files
 from harmony_fencer.ladder import Ladder
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, Programs
@@ -31,6 +32,7 @@ class Postgres:
         self._c = config
         self.data = Path(config.data_dir)
         self._programs = Programs(config)
+        self._files = Files(config.postgres_ids if os.geteuid() == 0 else None)
         self.tree = Tree(
             config.data_dir,
             unit=config.unit if config.run == "systemd" else "",
@@ -95,18 +97,14 @@ class Postgres:
 
     # ------------------------------------------------------------ files
 
-    def _write(self, name: str, content: bytes) -> None:
-        owner = self._c.postgres_ids if os.geteuid() == 0 else None
-        durable.replace(self.data / name, content, owner=owner)
-
-    def _mark(self) -> None:
-        if self.initialised() and not self.is_standby():
-            self._write("standby.signal", b"")
-
     async def mark_standby(self) -> None:
-        await trio.to_thread.run_sync(self._mark, abandon_on_cancel=True)
+        def mark(change: Change) -> None:
+            if self.initialised() and not self.is_standby():
+                change.write(self.data / "standby.signal", b"")
 
-    def _configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
+        await self._files.change(mark)
+
+    def _configure(self, change: Change, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
         if not Path(self._c.config_file).exists():
             raise PostgresError(
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
@@ -124,19 +122,20 @@ class Postgres:
             except ValueError as e:
                 raise PostgresError(str(e)) from e
             if wanted is not None:
-                durable.replace(wanted[0], wanted[1].encode())
-                wanted[0].chmod(0o644)
-        self._write(WITNESS, testimony)
-        self._write(settings.CONF, settings.render(self._c, primary, sync).encode())
+                change.write(wanted[0], wanted[1].encode(), mode=0o644)
+        change.write(self.data / WITNESS, testimony)
+        change.write(self.data / settings.CONF, settings.render(self._c, primary, sync).encode())
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
-        await trio.to_thread.run_sync(self._configure, primary, sync, testimony, abandon_on_cancel=True)
+        await self._files.change(lambda change: self._configure(change, primary, sync, testimony))
 
     # ------------------------------------------------------------ acting
 
     async def start(self) -> None:
         await self.mark_standby()
-        stale = self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
+        stale = await self._files.change(
+            lambda _: self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
+        )
         if stale:
             log.warning("removed lock files that a dead postmaster left", files=stale)
         await self._programs.start(self.data / settings.CONF, self.tree.ready_to_start())

@@ -18,11 +18,19 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 NAMES = {"postgres", "postmaster"}
 MAX_PASSES = 50
 EXEC_S = 0.01
-Identity = tuple[int, int]
+
+
+class Identity(NamedTuple):
+    """A directory, the same through every symlink and bind mount, and its owner: whom PostgreSQL runs as."""
+
+    device: int
+    inode: int
+    owner: int
 
 
 def _stat(pid: int) -> list[str]:
@@ -40,25 +48,24 @@ def _alive(pid: int) -> bool:
 
 
 def identity(data_dir: str) -> Identity | None:
-    """(device, inode): the same through every symlink and bind mount."""
+    """None when there is no such directory."""
     try:
         found = Path(data_dir).stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return Identity(found.st_dev, found.st_ino, found.st_uid)
 
 
-def _arguments(pid: int) -> bytes:
+def _arguments(pid: int, until: float) -> bytes:
     """/proc/PID/cmdline. In the middle of an exec the new executable is seen before its arguments: wait for them."""
-    until = time.monotonic() + EXEC_S
     while not (raw := Path(f"/proc/{pid}/cmdline").read_bytes()) and _alive(pid) and time.monotonic() < until:
         time.sleep(0)
     return raw
 
 
-def _named(pid: int) -> list[str]:
+def _named(pid: int, until: float) -> list[str]:
     """The data directory that a starting postgres was told, before it has changed into it."""
-    argv = [os.fsdecode(a) for a in _arguments(pid).split(b"\0")]
+    argv = [os.fsdecode(a) for a in _arguments(pid, until).split(b"\0")]
     found = [b for a, b in pairwise(argv) if a == "-D"]
     for argument in argv[1:]:
         if argument.startswith("-D"):
@@ -71,18 +78,25 @@ def _named(pid: int) -> list[str]:
     return [f for f in found if f]
 
 
-def belongs(pid: int, wanted: Identity) -> bool:
-    """Whether `pid` is, at this moment, a live PostgreSQL process of the data directory."""
+def belongs(pid: int, wanted: Identity, until: float | None = None) -> bool:
+    """Whether `pid` is, at this moment, a live PostgreSQL process of the data directory.
+
+    `until` (monotonic): how long one in the middle of its exec is waited for; one look has one such time, or
+    any user could hold a fence up with many processes called postgres that have no arguments.
+    """
     try:
+        # PostgreSQL runs as the owner and nobody else; root stands here for a process that is not dumpable.
+        if Path(f"/proc/{pid}").stat().st_uid not in {wanted.owner, 0}:
+            return False
         exe = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
         if exe not in NAMES:
             return False
         cwd = Path(f"/proc/{pid}/cwd")
         there = cwd.stat()
-        if (there.st_dev, there.st_ino) == wanted:
+        if (there.st_dev, there.st_ino) == wanted[:2]:
             return _alive(pid)
-        base = cwd.readlink()
-        return any(identity(str(base / name)) == wanted for name in _named(pid)) and _alive(pid)
+        base, until = cwd.readlink(), until or time.monotonic() + EXEC_S
+        return any(identity(str(base / name)) == wanted for name in _named(pid, until)) and _alive(pid)
     except (OSError, ValueError):
         return False
 
@@ -92,7 +106,8 @@ def of_data_dir(data_dir: str) -> list[int]:
     wanted = identity(data_dir)
     if wanted is None:
         return []
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and belongs(int(name), wanted)]
+    until = time.monotonic() + EXEC_S
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and belongs(int(name), wanted, until)]
     master = postmaster(data_dir)
     return sorted(pids, key=lambda p: (p != master, p))
 
