@@ -187,6 +187,7 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         "bad_message",
         "bad_version",
         "not_permitted",
+        "too_many_connections",
         "stale_generation",
         "conflicting_order",
         "not_active",

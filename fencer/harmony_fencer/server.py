@@ -2,12 +2,15 @@
 
 A client that is slow, silent, flooding or wrong costs its own connection and nothing else: each has a task,
 each frame a deadline, one request is answered before the next is read, and each peer has at most
-CONNECTIONS: an agent that takes all of its own leaves root's free.
+CONNECTIONS: an agent that takes all of its own leaves root's free. What is beyond that, or has gone again
+before its turn, is closed as fast as it can come, without a task and a place: nobody fills the queue of those
+who wait to be accepted.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 import struct
@@ -23,7 +26,9 @@ from harmony_fencer.protocol import HEADER, ProtocolError, Refusal, decode_reque
 
 CONNECTIONS: dict[Peer, int] = {"root": 16, "agent": 8, "other": 0}
 REFUSED_AT_ONCE = 16  # beyond CONNECTIONS: so many are told why, the rest is closed
-BACKLOG = 64
+BACKLOG = 512
+ACCEPTED_AT_ONCE = 64  # then the others get to run
+NO_MORE_S = 0.1  # the pause when the host has no descriptor left
 FRAME_TIMEOUT_S = 10.0  # for a frame once begun, and for a reply to be taken
 REFUSAL_TIMEOUT_S = 1.0  # the same, for a connection too many
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -57,37 +62,75 @@ def peer_of(config: FencerConfig, uid: int) -> Peer:
     return "agent" if uid == config.agent_uid else "other"
 
 
-async def serve(config: FencerConfig, fencer: Fencer, sock: socket.socket) -> None:
-    """Until cancelled."""
-    open_now: dict[Peer, int] = dict.fromkeys(CONNECTIONS, 0)
+class _Door:
+    """Who is inside, and who gets in."""
 
-    async def connection(stream: trio.SocketStream) -> None:
-        raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    def __init__(self, config: FencerConfig, fencer: Fencer) -> None:
+        self._config, self._fencer = config, fencer
+        self._open: dict[Peer, int] = dict.fromkeys(CONNECTIONS, 0)
+
+    def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        """Give it a task, or close it."""
+        if _gone(sock):
+            sock.close()
+            return
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(raw)
-        peer = peer_of(config, uid)
-        open_now[peer] += 1
+        peer = peer_of(self._config, uid)
+        before = self._open[peer]
+        if before >= CONNECTIONS[peer]:
+            log.seldom("connection refused", peer=peer, uid=uid, pid=pid)
+        if before >= CONNECTIONS[peer] + REFUSED_AT_ONCE:
+            sock.close()
+            return
+        self._open[peer] += 1
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        why = None
+        if peer == "other":
+            why = Refusal("not_permitted", f"uid {uid} may not talk to the fencer")
+        elif before >= CONNECTIONS[peer]:
+            why = Refusal("too_many_connections", f"more than {CONNECTIONS[peer]} connections of {peer}")
+        nursery.start_soon(self._inside, stream, peer, f"uid {uid}, pid {pid}", why)
+
+    async def _inside(self, stream: trio.SocketStream, peer: Peer, who: str, why: Refusal | None) -> None:
         try:
             async with stream:
-                if open_now[peer] <= CONNECTIONS[peer]:
-                    await _talk(fencer, stream, peer, f"uid {uid}, pid {pid}")
-                elif open_now[peer] <= CONNECTIONS[peer] + REFUSED_AT_ONCE:
-                    log.seldom("connection refused", peer=peer, uid=uid, pid=pid)
-                    text = f"more than {CONNECTIONS[peer]} connections of {peer}"
-                    if peer == "other":
-                        text = f"uid {uid} may not talk to the fencer"
-                    with trio.fail_after(REFUSAL_TIMEOUT_S):
-                        await stream.send_all(frame(Refusal("not_permitted", text)))
-                        while await stream.receive_some(
-                            4096
-                        ):  # it may still be sending: let it read the answer
-                            pass
+                await (_refuse(stream, why) if why is not None else _talk(self._fencer, stream, peer, who))
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # it went away, or was too slow: its own loss
         finally:
-            open_now[peer] -= 1
+            self._open[peer] -= 1
 
-    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-    await trio.serve_listeners(connection, [listener])
+
+async def serve(config: FencerConfig, fencer: Fencer, sock: socket.socket) -> None:
+    """Until cancelled."""
+    sock.setblocking(False)
+    door = _Door(config, fencer)
+    async with trio.open_nursery() as nursery:
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                for _ in range(ACCEPTED_AT_ONCE):
+                    door.admit(sock.accept()[0], nursery)
+            except (BlockingIOError, ConnectionError):
+                pass  # that was all of them, or one has gone again
+            except OSError as e:
+                log.seldom("cannot accept connections", why=str(e))
+                await trio.sleep(NO_MORE_S)
+
+
+def _gone(sock: socket.socket) -> bool:
+    """Its client has closed it: nobody waits for an answer."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+async def _refuse(stream: trio.SocketStream, why: Refusal) -> None:
+    with trio.fail_after(REFUSAL_TIMEOUT_S):
+        await stream.send_all(frame(why))
+        while await stream.receive_some(4096):  # it may still be sending: let it read the answer
+            pass
 
 
 async def _exactly(stream: trio.SocketStream, count: int) -> bytes:

@@ -208,8 +208,12 @@ REFUSALS = {
         "stop: fencer and client are of different releases; restart the older one",
     ),
     "not_permitted": (
-        "this user may not send this request; or may not connect, or not once more (then: closed)",
+        "this user may not send this request; or may not connect at all (then: closed)",
         "do not repeat; `operator_fence` and `unfence` are for root",
+    ),
+    "too_many_connections": (
+        "this peer has all of its connections open; this one is closed, nothing was read from it",
+        "close what you do not need, and try again",
     ),
     "stale_generation": (
         "the generation is not greater than the highest accepted",
@@ -281,7 +285,11 @@ def _limits() -> list[str]:
         ("a reply", f"{server.FRAME_TIMEOUT_S:g} s", "to be taken by the client; slower: closed"),
         ("an idle connection", "no limit", "it costs its own place only"),
         ("a refused connection", f"{server.REFUSAL_TIMEOUT_S:g} s", "to read why; then closed"),
-        ("connections not yet accepted", f"{server.BACKLOG}", "more wait in connect()"),
+        (
+            "connections not yet accepted",
+            f"{server.BACKLOG}",
+            "more wait their turn in connect()",
+        ),
         (
             "a write to the fencer's disk",
             f"`fence_timeout_s` × {PATIENCE_SHARE:g}",
