@@ -35,6 +35,11 @@ class Template:
     user: str | None
 
 
+def memory_folder() -> str | None:
+    """For tests about moments: a folder whose writes wait for no disk (run_dir is such a one in real life)."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+
+
 def boot_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
@@ -60,6 +65,8 @@ class Writer:
         self._thread.start()
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError):  # it notes when a write was acknowledged, not when it got to run
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
         while not self._over.wait(0.01):
             with contextlib.suppress(psycopg.Error), self._node.connect() as c:
                 self._connection = c

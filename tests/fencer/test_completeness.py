@@ -25,7 +25,7 @@ import pytest
 
 from harmony_fencer import processes, protocol
 from harmony_fencer.protocol import Generation
-from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
+from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns, memory_folder
 
 pytestmark = pytest.mark.real
 
@@ -38,7 +38,7 @@ FREEZER = Path("/sys/fs/cgroup/freezer")  # v1: what it freezes not even SIGKILL
 @pytest.fixture(scope="module")
 def neighbour(template: Template) -> Iterator[tuple[Node, Writer]]:
     """Another data directory of the same user, started by hand; somebody writes to it all the time."""
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top = Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder()))
     top.chmod(0o755)
     other = Node(top, template)
     try:
@@ -56,7 +56,7 @@ def node(
     template: Template, neighbour: tuple[Node, Writer], request: pytest.FixtureRequest
 ) -> Iterator[Node]:
     """Held by a cgroup of its own, or by the process tree. The neighbour must have noticed nothing."""
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top = Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder()))
     top.chmod(0o755)
     made = Node(top, template)
     made.configure(cgroup=request.param == "cgroup")
