@@ -95,8 +95,6 @@ class Host:
         shadow = cgroups.shadow_mount_point()
         self._leader: int | None = None
         self._runs = 0
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify.bind(str(self._base / "notify"))
         asked = {
             "base": str(self._base),
             "cgroup": str(self.cgroup),
@@ -175,31 +173,36 @@ class Host:
         cgroups.freeze(self.cgroup, False)
         cgroups.remove_below(self.cgroup)
         deadline = time.monotonic() + timeout
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.write(b"boot\n")
-        self._keeper.stdin.flush()
-        manager = os.pidfd_open(int(self._answer("started").split()[1]))
+        notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notified.bind(str(self._base / "notify"))
         try:
-            self._leader = self._await_ready(manager, deadline)
+            assert self._keeper.stdin is not None
+            self._keeper.stdin.write(b"boot\n")
+            self._keeper.stdin.flush()
+            manager = os.pidfd_open(int(self._answer("started").split()[1]))
+            try:
+                self._leader = self._await_ready(notified, manager, deadline)
+            finally:
+                os.close(manager)
         finally:
-            os.close(manager)
+            # Nobody reads it from here on: with its queue full nspawn, and then the host's systemd, would wait.
+            notified.close()
+            (self._base / "notify").unlink()
         left = max(1.0, deadline - time.monotonic())
         state = self.systemctl("is-system-running", "--wait", check=False, timeout=left).stdout.strip()
         if state not in {"running", "degraded"}:
             raise HostError(f"{self.name} is {state!r} after its boot: {self.console()}")
 
-    def _await_ready(self, manager: int, deadline: float) -> int:
+    def _await_ready(self, notified: socket.socket, manager: int, deadline: float) -> int:
         """The leader's pid, once the host's systemd has notified its readiness through nspawn."""
         leader = 0
         poller = select.poll()
-        poller.register(self._notify, select.POLLIN)
+        poller.register(notified, select.POLLIN)
         poller.register(manager, select.POLLIN)
         while (left := deadline - time.monotonic()) > 0:
             found = [fd for fd, _ in poller.poll(left * 1000)]
-            if self._notify.fileno() in found:
-                said = dict(
-                    line.partition("=")[::2] for line in self._notify.recv(65536).decode().splitlines()
-                )
+            if notified.fileno() in found:
+                said = dict(line.partition("=")[::2] for line in notified.recv(65536).decode().splitlines())
                 leader = int(said.get("X_NSPAWN_LEADER_PID", leader))
                 if said.get("READY") == "1" and leader:
                     return leader
@@ -229,9 +232,6 @@ class Host:
     def _switched_off(self) -> None:
         self._leader = None
         cgroups.freeze(self.cgroup, False)
-        with contextlib.suppress(BlockingIOError):  # what its systemd said last is not of the next boot
-            while self._notify.recv(65536, socket.MSG_DONTWAIT):
-                pass
 
     def freeze(self) -> None:
         """The whole host stands still, as a paused virtual machine does; clocks go on."""
@@ -252,7 +252,6 @@ class Host:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        self._notify.close()
         try:
             self._keeper.wait(40)
         except subprocess.TimeoutExpired:
