@@ -30,6 +30,15 @@ def _user(name: str | None, place: str, problems: list[str]) -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
+def _ids(name: str | None) -> dict[str, object] | None:
+    """Whom PostgreSQL runs as, in numbers: the fencer must never have to ask a name service."""
+    if name is None or os.geteuid() != 0:
+        return None
+    entry = pwd.getpwnam(name)
+    groups = os.getgrouplist(name, entry.pw_gid)
+    return {"uid": entry.pw_uid, "gid": entry.pw_gid, "groups": groups}
+
+
 def _major(data_dir: str) -> str:
     try:
         return (Path(data_dir) / "PG_VERSION").read_text(errors="replace").strip()
@@ -122,7 +131,7 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             "node": c.node.name,
             "agent_uid": agent_uid,
             "agent_gid": agent_gid,
-            "postgres_user": p.user,
+            "postgres_ids": _ids(p.user),
             "data_dir": str(Path(p.data_dir).resolve()),
             "config_file": str(Path(config_file).resolve()) if config_file is not None else "",
             "run": p.run,

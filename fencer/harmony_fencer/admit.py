@@ -110,7 +110,7 @@ def admit(f: Facts, request: Request, peer: Peer, now_ns: int) -> Verdict:
 
 
 def _renew(f: Facts, r: Renew, now_ns: int) -> Verdict:
-    if f.active is None or r.generation != f.active:
+    if f.active is None or r.generation != f.active or f.active != f.highest:  # a newer order is on its way
         return Refusal(
             "not_active", f"generation {r.generation} is not active (active: {f.active})", f.highest
         )

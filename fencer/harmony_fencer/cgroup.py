@@ -8,6 +8,7 @@ Where there is no writable cgroup v2 this says why, and the process tree is used
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -42,8 +43,28 @@ def path_of(pid: int | str) -> str | None:
 class Cgroup:
     """One cgroup directory. Reading and writing it may raise OSError only where said."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hold: bool = False) -> None:
+        """`hold`: keep its files open, so that a host without a free descriptor can still be frozen."""
         self.path = path
+        self._held: dict[str, int] = {}
+        if hold:
+            self.hold()
+
+    def hold(self) -> None:
+        """Open its files (again: it may have been made anew). Raises OSError."""
+        for fd in self._held.values():
+            os.close(fd)
+        self._held = {}
+        for name, how in (("cgroup.freeze", os.O_WRONLY), ("cgroup.events", os.O_RDONLY)):
+            self._held[name] = os.open(self.path / name, how | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # Linux before 5.14 has none
+            self._held["cgroup.kill"] = os.open(self.path / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+
+    def _put(self, name: str, value: bytes) -> None:
+        if name in self._held:
+            os.pwrite(self._held[name], value, 0)
+        else:
+            (self.path / name).write_bytes(value)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -59,27 +80,30 @@ class Cgroup:
     def _beneath(self) -> list[Path]:
         return [Path(at) for at, _, _ in os.walk(self.path) if Path(at) != self.path]
 
-    def _event(self, name: str) -> str:
+    def _event(self, name: str, otherwise: str) -> str:
         try:
-            for line in (self.path / "cgroup.events").read_text().splitlines():
-                key, _, value = line.partition(" ")
-                if key == name:
-                    return value
-        except OSError:
-            pass
-        return ""
+            if "cgroup.events" in self._held:
+                raw = os.pread(self._held["cgroup.events"], 4096, 0)
+            else:
+                raw = (self.path / "cgroup.events").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return "0"
+        except OSError as e:
+            return "0" if e.errno == errno.ENODEV else otherwise  # ENODEV: removed under an open file
+        return dict(line.split(" ", 1) for line in raw.decode().splitlines()).get(name, otherwise)
 
     def populated(self) -> bool:
-        """Whether a live process is in it (zombies do not count)."""
-        return self._event("populated") == "1"
+        """Whether a live process is in it (zombies do not count); True where that cannot be told."""
+        return self._event("populated", "1") == "1"
 
     def frozen(self) -> bool:
-        return self._event("frozen") == "1"
+        """False where that cannot be told."""
+        return self._event("frozen", "0") == "1"
 
     def freeze(self, within_s: float) -> bool:
         """Stop all of them; True when the kernel has confirmed it within `within_s`."""
         try:
-            (self.path / "cgroup.freeze").write_text("1")
+            self._put("cgroup.freeze", b"1")
         except OSError:
             return False
         until = time.monotonic() + within_s
@@ -91,12 +115,12 @@ class Cgroup:
 
     def thaw(self) -> None:
         """Let them run. Raises OSError."""
-        (self.path / "cgroup.freeze").write_text("0")
+        self._put("cgroup.freeze", b"0")
 
     def kill(self) -> bool:
         """SIGKILL to all at once, frozen ones too (Linux 5.14). False where the kernel cannot."""
         try:
-            (self.path / "cgroup.kill").write_text("1")
+            self._put("cgroup.kill", b"1")
         except OSError:
             return False
         return True
@@ -137,7 +161,10 @@ def make(data_dir: str) -> tuple[Cgroup | None, str]:
         return None, f"{path}: {e.strerror or e}"
     if not all(os.access(path / name, os.W_OK) for name in ("cgroup.procs", "cgroup.freeze")):
         return None, f"{path} is not writable"
-    return Cgroup(path), ""
+    try:
+        return Cgroup(path, hold=True), ""
+    except OSError as e:
+        return None, f"{path}: {e.strerror or e}"
 
 
 def around(pid: int, name: str) -> Cgroup | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +17,23 @@ class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int
 
 
+class PostgresIds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whom PostgreSQL runs as."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
     node: str
     agent_uid: int
     agent_gid: int
-    postgres_user: str | None
+    # uid, gid and groups that PostgreSQL runs as; null: our own. Numbers: the name services (LDAP, sssd) may
+    # be as dead as the network when it matters.
+    postgres_ids: PostgresIds | None
     data_dir: str
     config_file: str  # the user's postgresql.conf
     run: Literal["pg_ctl", "systemd"]
@@ -53,24 +61,10 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def lease_ns(self) -> int:
         return round(self.lease_s * 1e9)
 
-    @property
-    def postgres_ids(self) -> tuple[int, int]:
-        """(uid, gid) that PostgreSQL runs as."""
-        if self.postgres_user is None:
-            return os.getuid(), os.getgid()
-        entry = pwd.getpwnam(self.postgres_user)
-        return entry.pw_uid, entry.pw_gid
-
 
 def load(path: str) -> FencerConfig:
-    """Read and check. Raises ValueError with the place of what is wrong."""
+    """Read and check. Raises ValueError with the place of what is wrong, and OSError (a restart may help)."""
     try:
-        config = msgspec.json.decode(Path(path).read_bytes(), type=FencerConfig)
-    except (OSError, msgspec.DecodeError) as e:
+        return msgspec.json.decode(Path(path).read_bytes(), type=FencerConfig)
+    except (FileNotFoundError, msgspec.DecodeError) as e:
         raise ValueError(f"{path}: {e}") from e
-    if config.postgres_user is not None:
-        try:
-            pwd.getpwnam(config.postgres_user)
-        except KeyError as e:
-            raise ValueError(f"{path}: postgres_user: no such user: {config.postgres_user}") from e
-    return config

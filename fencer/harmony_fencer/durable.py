@@ -6,10 +6,17 @@ crash between any two steps leaves the old content or the new, and a torn or for
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import trio
+
+T = TypeVar("T")
 
 
 class Disk(Protocol):
@@ -72,6 +79,30 @@ def remove(path: Path, *, disk: Disk = REAL) -> None:
     """Gone for good when it returns; a missing file is gone already. Raises OSError."""
     path.unlink(missing_ok=True)
     disk.sync_folder(path.parent)
+
+
+def read_small(path: Path, limit: int = 65536, *, tail: bool = False) -> bytes:
+    """The first (or last) `limit` bytes of a plain file; what else stands there is not opened into a trap.
+
+    For folders that belong to somebody else: a FIFO would hang its reader, a device or a huge file eat its
+    memory, a symlink lead elsewhere. Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        return os.pread(fd, limit, max(0, found.st_size - limit) if tail else 0)
+    finally:
+        os.close(fd)
+
+
+async def in_thread(work: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
+    """Run `work` in a thread that is left behind when we are cancelled. Raises OSError where none can be started."""
+    try:
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+    except RuntimeError as e:  # "can't start new thread": the host's or the unit's limit of tasks
+        raise OSError(errno.EAGAIN, str(e)) from e
 
 
 def seal(body: bytes) -> bytes:

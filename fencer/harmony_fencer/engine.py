@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from harmony_fencer.clock import Clock
 from harmony_fencer.protocol import Rung, SyncRule
+from harmony_fencer.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +74,14 @@ class Engine(Protocol):
 
     def timeline(self) -> int:
         """The newest timeline that has WAL here."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the fencer stands on; models of them in tests."""
+
+    engine: Engine
+    clock: Clock
+    boot_id: str
+    utc_now: Callable[[], str]
+    watchdog: Watchdog | None = None

@@ -8,7 +8,6 @@ needs nobody: when the deadline passes it does the same with a fence of its own.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -17,9 +16,10 @@ import trio
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
-from harmony_fencer.clock import NS, Clock
+from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.engine import Engine, Outcome
+from harmony_fencer.effects import Bell, Effects
+from harmony_fencer.engine import Engine, Outcome, Parts
 from harmony_fencer.ledger import Ledger
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError
@@ -41,24 +41,21 @@ from harmony_fencer.protocol import (
     Request,
     SelfFence,
     Status,
+    StatusRequest,
     SyncRule,
     Unfence,
 )
-from harmony_fencer.watchdog import Policy, Watchdog, WatchdogError
+from harmony_fencer.watchdog import Policy, WatchdogError
 
 ASYNC_RULE = SyncRule(0, ())
+UNHURRIED_S = 5.0  # how long an activate or follow waits for the disk of its generation
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the fencer stands on; models of them in tests."""
-
-    engine: Engine
-    clock: Clock
-    boot_id: str
-    utc_now: Callable[[], str]
-    watchdog: Watchdog | None = None
+def _text(e: Exception) -> str:
+    """For the operator; what we did not expect says what it is."""
+    expected = isinstance(e, PostgresError | WatchdogError | OSError)
+    return (str(e) if expected else f"unexpected: {e!r}")[:500]
 
 
 class Fencer:
@@ -82,22 +79,22 @@ class Fencer:
         self._running = False  # whether a live postmaster was seen
         self._starts = 0
         self._accepting = trio.Lock()
-        self._scope: trio.CancelScope | None = None
-        self._ended: trio.Event | None = None
-        self._nursery: trio.Nursery | None = None
+        self._effects = Effects(self._effect_ended)
         # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
-        # died, may still complete: standby.signal alone does not prove that nothing can write.
-        self._may_write = self._order is not None and self._order.op == "activate"
+        # died, may still complete: standby.signal alone does not prove that nothing can write. Nor does a
+        # newer order that was accepted after it and never carried out.
+        order = self._order
+        self._may_write = order is not None and (order.op == "activate" or order.state != "done")
         self._rearm = trio.Event()
+        self._bell = Bell()
 
     # ------------------------------------------------------------ life
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Look at what is there: carry on under a valid lease, else fence what could write. Reads no slow disk."""
-        self._nursery = nursery
+        self._effects.run_in(nursery)
         lease = self._ledger.lease(self._clock.now_ns())
-        pids = self._engine.pids()
-        self._running = self._engine.postmaster() is not None
+        pids, self._running = self._look()
         order = self._order
         if lease is not None and self._running and self._is_mine(lease) and not self._ledger.latched:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
@@ -119,6 +116,14 @@ class Fencer:
             self.watchdog.arm()
         except WatchdogError as e:
             await self.fence_by_itself(f"the watchdog is required and cannot be armed: {e}")
+
+    def _look(self) -> tuple[bool, bool]:
+        """(whether a process of PostgreSQL lives, whether a postmaster does); what cannot be told is assumed."""
+        try:
+            return bool(self._engine.pids()), self._engine.postmaster() is not None
+        except OSError as e:
+            log.error("cannot look for PostgreSQL; assuming the worst", why=str(e))
+            return True, False
 
     def _is_mine(self, lease: leases.Lease) -> bool:
         """Whether the lease is of the newest order, a finished activate whose outcome can be believed."""
@@ -143,13 +148,19 @@ class Fencer:
     async def _learn(self) -> None:
         """Not before the guard runs: pg_controldata may wait for a hung disk."""
         self._system_identifier = await self._engine.system_identifier()
+        self._bell.ring()
 
     async def shut_down(self) -> None:
-        """End what could write: a fence with proof, clean while the lease lasts; a standby is left running."""
+        """End what could write: a fence with proof, clean while the lease lasts; a standby is left running.
+
+        An order that was being accepted when this began is refused, or ended here.
+        """
         self._retiring = True
-        if self._active is not None or (self._engine.pids() and self.could_write):
-            await self.fence_by_itself("the fencer was asked to stop", clean=True)
-            await self.preempt(cancel=False)
+        async with self._accepting:
+            while self._active is not None or (self._look()[0] and self.could_write):
+                await self.fence_by_itself("the fencer was asked to stop", clean=True)
+                await self._effects.end(cancel=False)
+            await self._effects.end(cancel=False)
         self.watchdog.disarm()
 
     def orphaned(self) -> None:
@@ -159,7 +170,7 @@ class Fencer:
     @property
     def idle(self) -> bool:
         """No lease and nothing under way: an orphan may end."""
-        return self._active is None and self._scope is None
+        return self._active is None and not self._effects.busy and not self._accepting.locked()
 
     # ------------------------------------------------------------ what the guard looks at
 
@@ -179,12 +190,14 @@ class Fencer:
 
     @property
     def busy(self) -> bool:
-        return self._scope is not None
+        return self._effects.busy
 
     def saw(self, *, running: bool, started: bool = False) -> None:
         """What the watch over the postmaster has seen."""
-        self._running = running
-        self._starts += started
+        if started or running != self._running:
+            self._running = running
+            self._starts += started
+            self._bell.ring()
 
     async def rearmed(self) -> None:
         """Return when the lease has changed."""
@@ -199,6 +212,8 @@ class Fencer:
             return self._renew(request, peer)  # never waits: no disk but run_dir's, no lock
         if not isinstance(request, Activate | Fence | Follow | OperatorFence | Unfence):
             verdict = admit(self._facts(), request, peer, self._clock.now_ns())
+            if isinstance(request, StatusRequest) and request.wait_ms:
+                await self._bell.wait(request.unless, request.wait_ms / 1000)
             return verdict if isinstance(verdict, Refusal) else self.status()
         async with self._accepting:
             verdict = admit(self._facts(), request, peer, self._clock.now_ns())
@@ -259,8 +274,7 @@ class Fencer:
             try:
                 if isinstance(request, OperatorFence):
                     await self._ledger.set_latch(Latch(request.reason, request.who, self._utc_now()))
-                await self._ledger.persist(newest)
-                self._ledger.testify(verdict.generation)
+                await self._ledger.persist(newest, patience_s=None if is_fence else UNHURRIED_S)
             except OSError as e:
                 if not is_fence:
                     log.error("the state could not be made durable; order refused", why=str(e))
@@ -269,12 +283,16 @@ class Fencer:
                 self._ledger.distrust(str(e))
                 self._ledger.state = newest(self._ledger.state)
                 log.error("the state could not be made durable; fencing all the same", why=str(e))
+            self._ledger.testify()
+        if self._retiring and not is_fence:
+            return Refusal("retiring", "the fencer ends", self._ledger.state.highest)
         log.info("accepted", op=verdict.op, generation=str(verdict.generation), primary=verdict.primary)
         now_ns, deadline_ns = self._clock.now_ns(), self._deadline_ns
         clean_until_ns = max(deadline_ns, now_ns + round(self._c.fence_timeout_s * CLEAN_SHARE * NS))
         if is_fence and not getattr(request, "clean", False):
             self._engine.halt()  # before anything else: writes end here
-        await self.preempt()
+        while self._effects.busy:  # also a fence of its own that the guard began meanwhile
+            await self._effects.end()
         self._order, self._fence_proven = record, False
         match request:
             case Activate():
@@ -296,6 +314,7 @@ class Fencer:
             await self._ledger.lift_latch()
         except OSError as e:
             return Refusal("storage_failed", str(e), self._ledger.state.highest)
+        self._bell.ring()
         log.warning("operator's latch removed", who=request.who)
         return Done("the latch is gone; PostgreSQL stays as it is until the next order")
 
@@ -304,36 +323,24 @@ class Fencer:
     def _drop_lease(self) -> None:
         self._active, self._deadline_ns = None, 0
         self._ledger.drop_lease()
+        self._bell.ring()
 
-    async def preempt(self, *, cancel: bool = True) -> None:
-        """Cancel and await the running effect (or only await it)."""
-        while self._scope is not None and self._ended is not None:
-            if cancel:
-                self._scope.cancel()
-            await self._ended.wait()
+    def _effect_ended(self, cancelled: bool) -> None:
+        if cancelled and self._order is not None and self._order.state == "running":
+            self._order = msgspec.structs.replace(self._order, state="preempted")
+        if cancelled and self._self_fence is not None and self._self_fence.state == "running":
+            self._self_fence = msgspec.structs.replace(self._self_fence, state="preempted")
+        self._bell.ring()
 
     def _begin(self, effect: Callable[[], Awaitable[None]]) -> None:
-        if self._nursery is None:
-            raise AssertionError("start() first")
-        self._scope, self._ended = trio.CancelScope(), trio.Event()
-        self._nursery.start_soon(self._carry_out, effect, self._scope, self._ended)
-
-    async def _carry_out(
-        self, effect: Callable[[], Awaitable[None]], scope: trio.CancelScope, ended: trio.Event
-    ) -> None:
-        try:
-            with scope:
-                await effect()
-            if scope.cancelled_caught and self._order is not None and self._order.state == "running":
-                self._order = msgspec.structs.replace(self._order, state="preempted")
-        finally:
-            self._scope, self._ended = None, None
-            ended.set()
+        self._effects.begin(effect)
+        self._bell.ring()
 
     async def _finish(self, record: OrderRecord, began_ns: int) -> None:
         record = msgspec.structs.replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
         following = record.primary if record.op == "follow" and record.state == "done" else None
         self._order = record
+        self._bell.ring()
         level = log.info if record.state == "done" else log.error
         level(
             "order ended",
@@ -359,7 +366,7 @@ class Fencer:
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
         self._fence_proven = outcome.proven
         self._may_write = self._may_write and not outcome.proven
-        self._running = self._engine.postmaster() is not None
+        self._running = self._look()[1]
         if outcome.proven:
             self.watchdog.disarm()
         return outcome
@@ -371,6 +378,8 @@ class Fencer:
         await self._finish(
             msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs), began
         )
+        if not outcome.proven:
+            await self._until_proven(f"the fence {record.generation} was not proven", 0)
 
     async def _configure(self, primary: str | None, sync: SyncRule) -> None:
         await self._engine.configure(primary, sync, self._ledger.testimony())
@@ -399,10 +408,11 @@ class Fencer:
                     raise PostgresError("the lease was over before the promotion")
                 await self._engine.promote()
             timeline = self._engine.timeline()
-        except (PostgresError, WatchdogError, OSError) as e:
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=str(e)[:500]), began)
+        except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
+            self._engine.halt()
             self._drop_lease()
-            await self._stop()
+            await self._finish(msgspec.structs.replace(record, state="failed", detail=_text(e)), began)
+            await self._until_proven(f"the activation {record.generation} failed", 0)
             return
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done", timeline=timeline), began)
@@ -417,8 +427,8 @@ class Fencer:
             self.watchdog.disarm()
             await self._configure(request.primary, ASYNC_RULE)
             await (self._engine.reload() if running else self._engine.start())
-        except (PostgresError, OSError) as e:
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=str(e)[:500]), began)
+        except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
+            await self._finish(msgspec.structs.replace(record, state="failed", detail=_text(e)), began)
             return
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done"), began)
@@ -430,10 +440,11 @@ class Fencer:
         clean_until_ns = max(self._deadline_ns, self._clock.now_ns()) if clean else 0
         if not clean:
             self._engine.halt()
+            self._drop_lease()
+        await self._effects.end()  # where it is clean, the guard still watches the lease meanwhile
+        if self._effects.busy or (self._active is not None and not clean):
+            return  # a newer order was accepted while we waited: it does, or its own lease is watched
         self._drop_lease()
-        await self.preempt()
-        if self._active is not None:
-            return  # a newer activate was accepted while we waited: its own lease is watched
         log.warning("fencing by itself", reason=reason, generation=str(self._ledger.state.highest))
         self._fence_proven = False
         self._self_fence = SelfFence(reason[:300], self._clock.now_ns(), "running")
@@ -452,6 +463,7 @@ class Fencer:
                 outcome.took_ms,
                 outcome.rungs,
             )
+            self._bell.ring()
             level = log.warning if outcome.proven else log.error
             level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))
             if outcome.proven:
@@ -493,4 +505,5 @@ class Fencer:
             held_by=self._engine.where,
             watchdog=str(self.watchdog),
             cannot_lead=self.watchdog.cannot_lead,
+            change=self._bell.number,
         )

@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
-from harmony_fencer.durable import REAL, Disk
+from harmony_fencer.durable import REAL, Disk, in_thread
 
 T = TypeVar("T")
 BUSY_S = 1.0
@@ -85,15 +83,16 @@ class Files:
 
     async def change(self, work: Callable[[Change], T]) -> T:
         """Run `work` in a thread; when cancelled, leave it behind. Raises what it raises, and OSError."""
+        self._number += 1  # here, in the order of the calls: a thread may be scheduled late
+        change = Change(self, self._number)
 
-        def in_thread() -> T:
+        def as_owner() -> T:
             with self._held():
-                self._number += 1
-                change = Change(self, self._number)
+                pass  # an earlier rename under way ends first, or the disk hangs
             with as_user(self._ids):
                 return work(change)
 
-        return await trio.to_thread.run_sync(in_thread, abandon_on_cancel=True)
+        return await in_thread(as_owner)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

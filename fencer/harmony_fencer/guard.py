@@ -17,6 +17,7 @@ from harmony_fencer.watchdog import WatchdogError, may_pet
 WATCH_S = 0.05
 STRAY_S = 0.2
 MARK_AGAIN_S = 1.0
+NEVER_SPIN_S = 0.01  # a postmaster.pid that changes all the time must not starve the guard
 
 
 async def guard(fencer: Fencer, clock: Clock) -> None:
@@ -41,18 +42,26 @@ async def guard(fencer: Fencer, clock: Clock) -> None:
 
 async def watch(fencer: Fencer) -> None:
     """Notice at once when the postmaster ends, soon when one appears."""
-    engine = fencer.engine
     while True:
-        pid = engine.postmaster()
-        fencer.saw(running=pid is not None, started=pid is not None)
-        if pid is None:
-            await _while_down(fencer)
-            continue
-        while not await engine.ended(pid, STRAY_S):
-            if fencer.deadline_ns is None and not fencer.busy and not engine.is_standby():
-                # Promoted or started by somebody else: it writes, and no lease covers it.
-                await fencer.fence_by_itself("PostgreSQL is writable without a lease")
-        fencer.saw(running=False)
+        try:
+            await _watch_one(fencer)
+        except OSError as e:  # no descriptor or memory: nothing is known; the guard needs neither
+            log.seldom("cannot look for PostgreSQL", why=str(e))
+        await trio.sleep(NEVER_SPIN_S)
+
+
+async def _watch_one(fencer: Fencer) -> None:
+    engine = fencer.engine
+    pid = engine.postmaster()
+    fencer.saw(running=pid is not None, started=pid is not None)
+    if pid is None:
+        await _while_down(fencer)
+        return
+    while not await engine.ended(pid, STRAY_S):
+        if fencer.deadline_ns is None and not fencer.busy and not engine.is_standby():
+            # Promoted or started by somebody else: it writes, and no lease covers it.
+            await fencer.fence_by_itself("PostgreSQL is writable without a lease")
+    fencer.saw(running=False)
 
 
 async def _while_down(fencer: Fencer) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from harmony_fencer.durable import seal, unseal
+from harmony_fencer.durable import read_small, seal, unseal
 from harmony_fencer.protocol import Generation
 
 NAME = "lease.json"
@@ -41,7 +41,7 @@ def clear(path: Path) -> None:
 def load(path: Path, *, boot_id: str, now_ns: int, lease_ns: int) -> Lease | None:
     """The lease in force, or None: none, unreadable, of another boot, over, or too far in the future."""
     try:
-        lease = msgspec.json.decode(unseal(path.read_bytes()), type=Lease)
+        lease = msgspec.json.decode(unseal(read_small(path)), type=Lease)
     except (OSError, ValueError):
         return None
     if lease.boot_id != boot_id or not now_ns < lease.deadline_boottime_ns <= now_ns + lease_ns:

@@ -14,6 +14,7 @@ import trio
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.durable import REAL, Disk, in_thread
 from harmony_fencer.log import log
 from harmony_fencer.protocol import Generation, Latch
 
@@ -29,30 +30,34 @@ def load_state(config: FencerConfig) -> tuple[states.State, str]:
 class Ledger:
     """Of one fencer, read at its start."""
 
-    def __init__(self, config: FencerConfig, boot_id: str) -> None:
+    def __init__(self, config: FencerConfig, boot_id: str, *, disk: Disk = REAL) -> None:
         self._node, self._boot_id, self._lease_ns = config.node, boot_id, config.lease_ns
         self._folder, self._run = Path(config.state_dir), Path(config.run_dir)
         self._patience_s = config.fence_timeout_s * PATIENCE_SHARE
-        self._disk = trio.Lock()
+        self._disk = disk
+        self._changing = trio.Lock()
+        # One writing thread at a time, abandoned ones included: an older content never lands after a newer.
+        self._writing = trio.CapacityLimiter(1)
         self.state, self.untrusted = load_state(config)
         self.latch = states.latch(self._folder)
 
     # ------------------------------------------------------------ the state
 
-    async def persist(self, change: Callable[[states.State], states.State]) -> None:
+    async def persist(
+        self, change: Callable[[states.State], states.State], *, patience_s: float | None = None
+    ) -> None:
         """Durable first, then in memory, one writer at a time, each change made on the newest state.
 
-        Raises OSError. A disk that does not answer in time is broken: its write may land later, so nothing is
-        written after it (untrusted) until a restart has read what is there.
+        Raises OSError, also when the disk does not answer within `patience_s` (by default as long as a fence
+        may wait for it). Its write may land later, but never after a newer one.
         """
-        with trio.move_on_after(self._patience_s):
-            async with self._disk:
+        with trio.move_on_after(self._patience_s if patience_s is None else patience_s):
+            async with self._changing:
                 new = change(self.state)
                 if not self.untrusted:  # else there is nothing on disk to keep right
-                    await trio.to_thread.run_sync(states.write, self._folder, new, abandon_on_cancel=True)
+                    await in_thread(lambda: states.write(self._folder, new, disk=self._disk), self._writing)
                 self.state = new
                 return
-        self.distrust("the disk did not answer in time")
         raise TimeoutError(f"the disk of {self._folder} did not answer in time")
 
     def distrust(self, why: str) -> None:
@@ -63,10 +68,12 @@ class Ledger:
         """The witness of the highest generation, as it stands in the data directory."""
         return states.sealed_witness(self._witness(self.state.highest))
 
-    def testify(self, highest: Generation) -> None:
-        """Leave a witness for this boot. Raises OSError."""
-        if not self.untrusted:
-            states.testify(self._run / states.WITNESS, self._witness(highest))
+    def testify(self) -> None:
+        """Leave a witness of the highest generation for this boot, also where the disk could not keep it."""
+        try:
+            states.testify(self._run / states.WITNESS, self._witness(self.state.highest))
+        except OSError as e:
+            log.seldom("no witness of the generation could be left in run_dir", why=str(e))
 
     def _witness(self, highest: Generation) -> states.Witness:
         return states.Witness(self._node, self.state.fencer_id, highest)
@@ -75,21 +82,26 @@ class Ledger:
 
     @property
     def latched(self) -> bool:
-        """Also by a latch that the one-shot fence set beside us while we hung."""
-        return self.latch is not None or (self._folder / states.LATCH).exists()
+        """Also by a latch that the one-shot fence set beside us while we hung: it is taken over."""
+        if self.latch is None:
+            self.latch = states.latch(self._folder)
+        return self.latch is not None
 
     async def set_latch(self, latch: Latch) -> None:
         """In force at once; raises OSError when it is not durable."""
         self.latch = latch
         with trio.move_on_after(self._patience_s):
-            await trio.to_thread.run_sync(states.set_latch, self._folder, latch, abandon_on_cancel=True)
+            await in_thread(lambda: states.set_latch(self._folder, latch, disk=self._disk), self._writing)
             return
         raise TimeoutError("the latch could not be made durable in time")
 
     async def lift_latch(self) -> None:
-        """Raises OSError, and then it is still in force."""
-        await trio.to_thread.run_sync(states.lift_latch, self._folder)
-        self.latch = None
+        """Raises OSError, and then it is still in force (after a restart: as the disk then shows it)."""
+        with trio.move_on_after(self._patience_s):
+            await in_thread(lambda: states.lift_latch(self._folder, disk=self._disk), self._writing)
+            self.latch = None
+            return
+        raise TimeoutError("the latch could not be removed in time: the disk does not answer")
 
     # ------------------------------------------------------------ the lease
 

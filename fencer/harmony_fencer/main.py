@@ -8,9 +8,11 @@ no fencer guards it (after all of Harmony has died, and at boot). Exit codes: 0 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import fcntl
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,8 +27,8 @@ from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.clock import BootClock, boot_id, boot_ns
 from harmony_fencer.config import EXIT_CONFIG, FencerConfig, load
-from harmony_fencer.engine import Outcome
-from harmony_fencer.fencer import Fencer, Parts
+from harmony_fencer.engine import Outcome, Parts
+from harmony_fencer.fencer import Fencer
 from harmony_fencer.ledger import load_state
 from harmony_fencer.log import log, wants_console
 from harmony_fencer.postgres import Postgres
@@ -108,7 +110,9 @@ def end_hung_orphan(config: FencerConfig) -> None:
 
 
 def _is_ours(pid: int, module: bytes) -> bool:
-    return module in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    """Started as `-m module`, or by its script harmony-fencer, harmony-supervisor."""
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return any(os.path.basename(a).replace(b"-", b"_") == module for a in argv)  # noqa: PTH119 (bytes)
 
 
 def _parent(pid: int) -> int:
@@ -197,10 +201,12 @@ def emergency(config: FencerConfig, reason: str, who: str | None) -> int:
     """Fence now, beside whatever fencer there is; with `who`, latched. Exit code 0 when proven, else 1."""
     postgres = Postgres(config, lasting=False)
     postgres.halt()
+    reason = reason.encode("utf-8", "replace").decode()
     if who is not None:
         try:
+            who = who.encode("utf-8", "replace").decode()
             states.set_latch(Path(config.state_dir), Latch(reason[:500], who[:500], _utc_now()))
-        except OSError as e:
+        except Exception as e:  # noqa: BLE001 (no latch must not mean no fence)
             sys.stderr.write(f"harmony-fencer: the latch could not be set: {e}\n")
 
     async def stop() -> Outcome:
@@ -214,7 +220,7 @@ def fence_what_could_write(config: FencerConfig, reason: str) -> int:
     """Beside nobody who guards: fence what could write, and mark what is down. A standby is left running."""
     postgres = Postgres(config, lasting=False)
     state, untrusted = load_state(config)
-    activated = state.order is not None and state.order.op == "activate"
+    activated = state.order is not None and (state.order.op == "activate" or state.order.state != "done")
     could_write = bool(untrusted) or activated or not postgres.is_standby()
     if could_write:
         postgres.halt()
@@ -269,8 +275,11 @@ def main() -> None:
         config = load(options.config)
     except ValueError as e:
         sys.exit(_fail(str(e), EXIT_CONFIG))
+    except OSError as e:
+        sys.exit(_fail(str(e), 1))
     log.configure(console=wants_console(config.log_format), process="fencer", node=config.node)
     missing = steady()
+    _all_descriptors()
     try:
         if options.once is not None:
             code = emergency(config, options.once, options.latch)
@@ -286,6 +295,13 @@ def main() -> None:
     sys.exit(code)
 
 
+def _all_descriptors() -> None:
+    """As many as we may: a root shell has 1,024, a big host's PostgreSQL more processes than that."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _serve(config: FencerConfig, options: argparse.Namespace, missing: list[str]) -> int:
     if missing:
         log.warning("not granted; a busy host may delay a fence", missing=missing)
@@ -299,8 +315,10 @@ def _serve(config: FencerConfig, options: argparse.Namespace, missing: list[str]
         return _reset(config, options.term)
     try:
         sock = bind(config)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         return _fail(str(e), EXIT_CONFIG)
+    except OSError as e:  # no descriptor, memory or room is left: a restart may help, and it fences first
+        return _fail(f"the socket cannot be made: {e}", 1)
     trio.run(run, config, sock, options.supervisor_fd, strict_exception_groups=True)
     return 0
 

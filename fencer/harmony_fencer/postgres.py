@@ -32,11 +32,13 @@ class Postgres:
         self._c = config
         self.data = Path(config.data_dir)
         self._programs = Programs(config)
-        self._files = Files(config.postgres_ids if os.geteuid() == 0 else None)
+        ids = config.postgres_ids
+        self._files = Files((ids.uid, ids.gid) if ids is not None else None)
         self.tree = Tree(
             config.data_dir,
             unit=config.unit if config.run == "systemd" else "",
             own=config.cgroup and lasting,
+            owner=ids.uid if ids is not None else os.geteuid(),
         )
         self.where = self.tree.where
         self._system_identifier: str | None = None
@@ -99,6 +101,8 @@ class Postgres:
 
     async def mark_standby(self) -> None:
         def mark(change: Change) -> None:
+            if not self.data.exists():
+                raise OSError(f"{self.data} is not there any more (renamed?): nothing marks it as a standby")
             if self.initialised() and not self.is_standby():
                 change.write(self.data / "standby.signal", b"")
 
@@ -110,7 +114,7 @@ class Postgres:
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
             )
         auto = self.data / "postgresql.auto.conf"
-        clash = settings.clash(auto.read_text()) if auto.exists() else None
+        clash = settings.clash(auto.read_text(errors="surrogateescape")) if auto.exists() else None
         if clash is not None:
             raise PostgresError(
                 f"{auto} sets {clash}, which would override Harmony: "

@@ -20,24 +20,54 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from harmony_fencer.durable import read_small
+
 NAMES = {"postgres", "postmaster"}
 MAX_PASSES = 50
 EXEC_S = 0.01
+LISTENERS_S = 0.05  # whose name comes later stays unknown: no message is worth a late fence
+GONE = (FileNotFoundError, ProcessLookupError, NotADirectoryError)
 
 
 class Identity(NamedTuple):
-    """A directory, the same through every symlink and bind mount, and its owner: whom PostgreSQL runs as."""
+    """Directories by (device, inode), the same through every symlink and bind mount, and whom PostgreSQL runs as."""
 
-    device: int
-    inode: int
+    places: frozenset[tuple[int, int]]
     owner: int
 
 
+class Place:
+    """A data directory by its path, and every directory that has stood there since: one that was renamed or
+    replaced under a running PostgreSQL is still its own. `owner`: PostgreSQL's uid (None: the directory's)."""
+
+    def __init__(self, path: str, owner: int | None = None) -> None:
+        self.path, self._owner = path, owner
+        self._known: set[tuple[int, int]] = set()
+        self.identity()
+
+    def identity(self) -> Identity | None:
+        """All that was ever seen there; None while nothing was."""
+        found = identity(self.path)
+        if found is not None:
+            self._known |= found.places
+            self._owner = found.owner if self._owner is None else self._owner
+        if not self._known or self._owner is None:
+            return None
+        return Identity(frozenset(self._known), self._owner)
+
+
+Data = str | Place
+
+
+def _path(data: Data) -> str:
+    return data.path if isinstance(data, Place) else data
+
+
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat after the name: state, ppid, …; [] when it is gone."""
+    """/proc/PID/stat after the name: state, ppid, …; [] when it is gone. Raises OSError: cannot tell."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except GONE:
         return []
 
 
@@ -47,13 +77,15 @@ def _alive(pid: int) -> bool:
     return bool(fields) and fields[0] not in {"Z", "X"}
 
 
-def identity(data_dir: str) -> Identity | None:
+def identity(data: Data) -> Identity | None:
     """None when there is no such directory."""
+    if isinstance(data, Place):
+        return data.identity()
     try:
-        found = Path(data_dir).stat()
+        found = Path(data).stat()
     except OSError:
         return None
-    return Identity(found.st_dev, found.st_ino, found.st_uid)
+    return Identity(frozenset({(found.st_dev, found.st_ino)}), found.st_uid)
 
 
 def _arguments(pid: int, until: float) -> bytes:
@@ -81,49 +113,57 @@ def _named(pid: int, until: float) -> list[str]:
 def belongs(pid: int, wanted: Identity, until: float | None = None) -> bool:
     """Whether `pid` is, at this moment, a live PostgreSQL process of the data directory.
 
+    Raises OSError where that cannot be told (no descriptor or memory is left): never a "no".
+
     `until` (monotonic): how long one in the middle of its exec is waited for; one look has one such time, or
     any user could hold a fence up with many processes called postgres that have no arguments.
     """
     try:
         # PostgreSQL runs as the owner and nobody else; root stands here for a process that is not dumpable.
-        if Path(f"/proc/{pid}").stat().st_uid not in {wanted.owner, 0}:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+        if uid not in {wanted.owner, 0}:
             return False
         exe = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
         if exe not in NAMES:
             return False
         cwd = Path(f"/proc/{pid}/cwd")
         there = cwd.stat()
-        if (there.st_dev, there.st_ino) == wanted[:2]:
+        if (there.st_dev, there.st_ino) in wanted.places:
             return _alive(pid)
         base, until = cwd.readlink(), until or time.monotonic() + EXEC_S
-        return any(identity(str(base / name)) == wanted for name in _named(pid, until)) and _alive(pid)
-    except (OSError, ValueError):
+        named = [identity(str(base / name)) for name in _named(pid, until)]
+        return any(n is not None and n.places & wanted.places for n in named) and _alive(pid)
+    except GONE:
         return False
+    except PermissionError:
+        if os.geteuid() == 0 and uid == wanted.owner != 0:
+            raise
+        return False  # nobody of PostgreSQL's user: a host's process 1 may be closed even to root
 
 
-def of_data_dir(data_dir: str) -> list[int]:
-    """Live pids of the data directory's PostgreSQL, the postmaster first where there is one."""
-    wanted = identity(data_dir)
+def of_data_dir(data: Data) -> list[int]:
+    """Live pids of the data directory's PostgreSQL, the postmaster first. Raises OSError: cannot tell."""
+    wanted = identity(data)
     if wanted is None:
         return []
     until = time.monotonic() + EXEC_S
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and belongs(int(name), wanted, until)]
-    master = postmaster(data_dir)
+    master = postmaster(data)
     return sorted(pids, key=lambda p: (p != master, p))
 
 
-def pid_file(data_dir: str) -> int | None:
+def pid_file(data: Data) -> int | None:
     """What postmaster.pid says, true or stale."""
     try:
-        pid = int((Path(data_dir) / "postmaster.pid").read_text().split("\n", 1)[0])
+        pid = int(read_small(Path(_path(data)) / "postmaster.pid", 64).split(b"\n", 1)[0])
     except (OSError, ValueError):
         return None
     return pid if pid > 0 else None
 
 
-def postmaster(data_dir: str) -> int | None:
+def postmaster(data: Data) -> int | None:
     """The live postmaster's pid by postmaster.pid, verified; a stale file's pid is nobody's business."""
-    wanted, pid = identity(data_dir), pid_file(data_dir)
+    wanted, pid = identity(data), pid_file(data)
     return pid if pid is not None and wanted is not None and belongs(pid, wanted) else None
 
 
@@ -136,14 +176,14 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def in_sessions(leaders: Iterable[int], data_dir: str) -> list[int]:
+def in_sessions(leaders: Iterable[int], data: Data) -> list[int]:
     """Who is in the session of one of `leaders`, as the data directory's owner: what a helper left behind in the
     background when it ended (its parent is PID 1 by then)."""
     wanted, found = {str(pid) for pid in leaders}, []
     if not wanted:
         return []
     with contextlib.suppress(OSError):
-        owner = Path(data_dir).stat().st_uid
+        owner = Path(_path(data)).stat().st_uid
         for name in os.listdir("/proc"):
             if name.isdigit() and wanted.intersection(_stat(int(name))[3:4]):
                 with contextlib.suppress(OSError):
@@ -173,9 +213,9 @@ class Pinned:
         self._fds: dict[int, int] = {}
         self._sessions: set[int] = set()  # of backends and workers: each leads one of its own
 
-    def catch(self, data_dir: str, pids: Iterable[int]) -> list[int]:
+    def catch(self, data: Data, pids: Iterable[int]) -> list[int]:
         """Pin those of `pids` that belong to the data directory, and their descendants; the new ones."""
-        wanted, master = identity(data_dir), pid_file(data_dir)
+        wanted, master = identity(data), pid_file(data)
         self._forget_ended()
         new: list[int] = []
         waiting = [(pid, 0) for pid in pids]
@@ -189,11 +229,11 @@ class Pinned:
             self._sessions.discard(master)  # it may be the session of a shell that somebody works in
         return new
 
-    def catch_left_behind(self, data_dir: str) -> list[int]:
+    def catch_left_behind(self, data: Data) -> list[int]:
         """Pin what helpers of pinned processes left in the background; the new ones."""
-        found = [p for p in in_sessions(self._sessions, data_dir) if p not in self._fds]
+        found = [p for p in in_sessions(self._sessions, data) if p not in self._fds]
         new = [pid for pid in found if self._pin(pid, 0, None, self._sessions)]
-        return new + self.catch(data_dir, new)
+        return new + self.catch(data, new)
 
     def adopt(self, pid: int) -> bool:
         """Pin a child of this very process."""
@@ -232,21 +272,19 @@ class Pinned:
                 sent += 1
         return sent
 
-    def stop(self, data_dir: str, skip: set[int]) -> int:
+    def stop(self, data: Data, skip: set[int]) -> int:
         """SIGSTOP to the whole tree until a look finds nobody new: a stopped process forks no more.
 
         The postmaster and its children first, which needs no look at all of /proc; then orphans. Those in
         `skip` are pinned and get no signal (their cgroup is frozen). Returns how many were sent.
         """
-        master = postmaster(data_dir)
+        master = postmaster(data)
 
         def near() -> list[int]:
-            return self.catch(data_dir, [master] if master is not None else [])
+            return self.catch(data, [master] if master is not None else [])
 
         def far() -> list[int]:
-            return self.catch(data_dir, [*of_data_dir(data_dir), *self._fds]) + self.catch_left_behind(
-                data_dir
-            )
+            return self.catch(data, [*of_data_dir(data), *self._fds]) + self.catch_left_behind(data)
 
         return self._stop_new(skip, near) + self._stop_new(skip, far)
 
@@ -275,13 +313,13 @@ class Pinned:
         self._sessions.clear()
 
 
-def end_starter(pid: int, data_dir: str) -> None:
+def end_starter(pid: int, data: Data) -> None:
     """SIGKILL to our child `pid` (pg_ctl) and what it has begun and is not PostgreSQL yet: in the moment
     between its fork and PostgreSQL's exec, nobody would find that later, and it would start after all.
 
     What is PostgreSQL already is left as it is. Never raises.
     """
-    wanted, pinned = identity(data_dir), Pinned()
+    wanted, pinned = identity(data), Pinned()
     try:
         with contextlib.suppress(OSError):
             pinned.adopt(pid)
@@ -305,9 +343,9 @@ def end_starter(pid: int, data_dir: str) -> None:
         pinned.close()
 
 
-def send(pid: int, number: signal.Signals, data_dir: str) -> bool:
+def send(pid: int, number: signal.Signals, data: Data) -> bool:
     """Signal one process of the data directory, after verifying it again: True when it was sent."""
-    pinned, wanted = Pinned(), identity(data_dir)
+    pinned, wanted = Pinned(), identity(data)
     try:
         return pinned._pin(pid, 0, wanted) and pinned.send(number) == 1  # noqa: SLF001
     finally:
@@ -322,14 +360,14 @@ def has_ended(fd: int) -> bool:
 
 
 def listening(port: int) -> bool:
-    """Whether anything in our network namespace listens on the TCP port."""
+    """Whether anything in our network namespace listens on the TCP port. Raises OSError: cannot tell."""
     return bool(_sockets(port))
 
 
 def _sockets(port: int) -> set[str]:
     wanted, found = f":{port:04X}", set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), Path(table).open() as lines:
+        with contextlib.suppress(FileNotFoundError), Path(table).open() as lines:
             next(lines, None)
             for line in lines:
                 fields = line.split()
@@ -340,9 +378,9 @@ def _sockets(port: int) -> set[str]:
 
 def listeners(port: int) -> str:
     """Who listens on the port, in words; looks at every process: for the failure's message only."""
-    wanted, found = _sockets(port), []
+    wanted, found, until = _sockets(port), [], time.monotonic() + LISTENERS_S
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdigit() and time.monotonic() < until:
             with contextlib.suppress(OSError):
                 if any(str(fd.readlink()) in wanted for fd in Path(f"/proc/{name}/fd").iterdir()):
                     found.append(describe(int(name)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import trio
@@ -16,6 +15,7 @@ import trio
 from harmony_fencer import processes
 from harmony_fencer.cgroup import Cgroup
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.durable import read_small
 from harmony_fencer.log import log
 from harmony_fencer.realtime import ordinary
 
@@ -31,7 +31,7 @@ class PostgresError(Exception):
 def log_tail(data: Path) -> str:
     """The end of PostgreSQL's own log, one line, 300 characters."""
     try:
-        raw = (data / LOG).read_bytes()[-2000:]
+        raw = read_small(data / LOG, 2000, tail=True)
     except OSError:
         return ""
     return " | ".join(raw.decode("utf-8", "replace").split("\n"))[-300:].strip(" |")
@@ -58,16 +58,20 @@ class Programs:
 
     def _as_postgres(self) -> list[str]:
         """A prefix of argv that becomes PostgreSQL's user."""
-        if os.geteuid() != 0:
+        ids = self._c.postgres_ids
+        if ids is None:
             return []
-        uid, gid = self._c.postgres_ids
-        groups = os.getgrouplist(self._c.postgres_user, gid) if self._c.postgres_user else [gid]
-        named = ",".join(str(g) for g in groups)
-        return ["setpriv", f"--reuid={uid}", f"--regid={gid}", f"--groups={named}", "--"]
+        groups = ",".join(str(g) for g in ids.groups)
+        return ["setpriv", f"--reuid={ids.uid}", f"--regid={ids.gid}", f"--groups={groups}", "--"]
 
     async def _run(self, argv: list[str], *, shown: str, timeout_s: float) -> str:
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
-        with tempfile.TemporaryFile() as sink:
+        try:
+            # In memory: no folder for temporary files must be there, or have room.
+            sink = os.fdopen(os.memfd_create("output", os.MFD_CLOEXEC), "w+b")
+        except OSError as e:
+            raise PostgresError(f"{shown} could not be run: {e}") from e
+        with sink:
             try:
                 process = await trio.lowlevel.open_process(
                     [*ordinary(), *argv],
@@ -78,7 +82,7 @@ class Programs:
                     cwd="/",
                     start_new_session=True,
                 )
-            except OSError as e:
+            except (OSError, RuntimeError) as e:  # RuntimeError: no thread can be started
                 raise PostgresError(f"{shown} could not be run: {e}") from e
             try:
                 with trio.fail_after(timeout_s):

@@ -21,6 +21,7 @@ MAX_FRAME_BYTES = 16 * 1024
 HEADER = struct.Struct(">I")
 MAX_TEXT = 512  # characters of a request's text for people
 MAX_ASKED = 2**52  # a request's counters; the room above is for the fences that the fencer numbers itself
+MAX_WAIT_MS = 1000
 _MAX_COUNTER = 2**53 - 1  # what JSON readers of other languages keep exactly
 _NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
 
@@ -58,7 +59,11 @@ class Hello(_Request, frozen=True, tag="hello", kw_only=True):
 
 
 class StatusRequest(_Request, frozen=True, tag="status", kw_only=True):
-    """Answered with a Status; changes nothing."""
+    """Answered with a Status; changes nothing. With `wait_ms`, and while `unless` is the Status's `change`, the
+    answer comes when something has changed, at the latest after `wait_ms` milliseconds."""
+
+    unless: Counter | None = None
+    wait_ms: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_MS)] = 0
 
 
 class Activate(_Request, frozen=True, tag="activate", kw_only=True):
@@ -177,6 +182,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
+    change: int  # another number when anything here but the times has changed; begins anew with the fencer
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="refusal"):

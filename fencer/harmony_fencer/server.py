@@ -14,6 +14,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 
 import trio
@@ -31,6 +32,9 @@ ACCEPTED_AT_ONCE = 64  # then the others get to run
 NO_MORE_S = 0.1  # the pause when the host has no descriptor left
 FRAME_TIMEOUT_S = 10.0  # for a frame once begun, and for a reply to be taken
 REFUSAL_TIMEOUT_S = 1.0  # the same, for a connection too many
+READ_BYTES = 8192
+AGENT_PER_S = 200.0  # requests, over all connections of the agent's user; it needs about ten
+AGENT_BURST = 100
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
@@ -68,6 +72,7 @@ class _Door:
     def __init__(self, config: FencerConfig, fencer: Fencer) -> None:
         self._config, self._fencer = config, fencer
         self._open: dict[Peer, int] = dict.fromkeys(CONNECTIONS, 0)
+        self._pace = _Pace(AGENT_PER_S, AGENT_BURST)
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         """Give it a task, or close it."""
@@ -95,7 +100,10 @@ class _Door:
     async def _inside(self, stream: trio.SocketStream, peer: Peer, who: str, why: Refusal | None) -> None:
         try:
             async with stream:
-                await (_refuse(stream, why) if why is not None else _talk(self._fencer, stream, peer, who))
+                if why is not None:
+                    await _refuse(stream, why)
+                else:
+                    await _talk(self._fencer, stream, peer, who, self._pace if peer == "agent" else None)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # it went away, or was too slow: its own loss
         finally:
@@ -133,29 +141,58 @@ async def _refuse(stream: trio.SocketStream, why: Refusal) -> None:
             pass
 
 
-async def _exactly(stream: trio.SocketStream, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        chunk = await stream.receive_some(count - len(data))
-        if not chunk:
-            return b""
-        data += chunk
-    return data
+class _Frames:
+    """Whole frames from a stream: one system call for one that came in one piece."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream, self._buffer = stream, b""
+
+    async def next(self) -> bytes | None:
+        """The body of the next frame; None at the end. An idle client may be so for ever, a frame once begun
+        has FRAME_TIMEOUT_S. Raises ProtocolError("bad_frame"), TooSlowError."""
+        if not self._buffer:
+            self._buffer = await self._stream.receive_some(READ_BYTES)
+        with trio.fail_after(FRAME_TIMEOUT_S):
+            while self._buffer:
+                if len(self._buffer) >= HEADER.size:
+                    end = HEADER.size + frame_length(self._buffer[: HEADER.size])
+                    if len(self._buffer) >= end:
+                        body, self._buffer = self._buffer[HEADER.size : end], self._buffer[end:]
+                        return body
+                more = await self._stream.receive_some(READ_BYTES)
+                if not more:
+                    return None
+                self._buffer += more
+        return None
 
 
-async def _talk(fencer: Fencer, stream: trio.SocketStream, peer: Peer, who: str) -> None:
+class _Pace:
+    """So many requests a second from all connections of the agent's user: the fencer runs at real-time
+    priority, and a client that floods it must not take the host's processors that way."""
+
+    def __init__(self, per_second: float, burst: int) -> None:
+        self._per_second, self._burst = per_second, burst
+        self._left, self._at = float(burst), time.monotonic()
+
+    async def turn(self) -> None:
+        """Wait until one more is in order."""
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        self._left -= 1
+        if self._left < 0:
+            await trio.sleep(-self._left / self._per_second)
+
+
+async def _talk(fencer: Fencer, stream: trio.SocketStream, peer: Peer, who: str, pace: _Pace | None) -> None:
+    frames = _Frames(stream)
     while True:
-        first = await stream.receive_some(1)  # idle is fine; a frame once begun has a deadline
-        if not first:
-            return
+        if pace is not None:
+            await pace.turn()
         try:
-            with trio.fail_after(FRAME_TIMEOUT_S):
-                rest = await _exactly(stream, HEADER.size - 1)
-                if not rest:
-                    return
-                body = await _exactly(stream, frame_length(first + rest))
-                if not body:
-                    return
+            body = await frames.next()
+            if body is None:
+                return
             reply = await fencer.handle(decode_request(body), peer)
             over = False
         except ProtocolError as e:

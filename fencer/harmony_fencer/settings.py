@@ -16,8 +16,11 @@ from harmony_fencer.protocol import SyncRule
 
 CONF = "harmony.postgresql.conf"
 DROP_IN = "zz-harmony.conf"
-OURS = re.compile(r"^\s*(primary_conninfo|synchronous_standby_names)\s*=", re.MULTILINE)
-_INCLUDE_DIR = re.compile(r"^\s*include_dir\s*=?\s*'([^']+)'", re.MULTILINE)
+OWN_ALWAYS = ("primary_conninfo", "synchronous_standby_names")  # whatever their value
+OURS = re.compile(rf"^\s*({'|'.join(OWN_ALWAYS)})\s*=", re.MULTILINE)
+_INCLUDE_DIR = re.compile(r"\s*include_dir\s*=?\s*'([^']+)'")
+_INCLUDES_OURS = re.compile(rf"\s*include(_if_exists)?\s*=?\s*'[^']*\b{re.escape(CONF)}'")
+_SETTING = re.compile(r"\s*(\w+)(?:\s*=\s*|\s+)('(?:[^']|'')*'|[^\s#']+)")
 
 
 def quote(value: str) -> str:
@@ -30,6 +33,17 @@ def _conninfo(fields: dict[str, str]) -> str:
         f"{key}='{value.replace(chr(92), chr(92) * 2).replace(chr(39), chr(92) + chr(39))}'"
         for key, value in fields.items()
     )
+
+
+def _same_always(c: FencerConfig) -> dict[str, str]:
+    return {
+        "port": str(c.port),
+        "listen_addresses": c.listen_addresses,
+        "unix_socket_directories": c.socket_dir,
+        "hot_standby": "on",
+        "wal_log_hints": "on",
+        "recovery_target_timeline": "latest",
+    }
 
 
 def render(c: FencerConfig, primary: str | None, sync: SyncRule) -> str:
@@ -53,16 +67,7 @@ def render(c: FencerConfig, primary: str | None, sync: SyncRule) -> str:
     names = ""
     if sync.count > 0 and sync.voters:
         names = f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
-    settings = {
-        "port": str(c.port),
-        "listen_addresses": c.listen_addresses,
-        "unix_socket_directories": c.socket_dir,
-        "hot_standby": "on",
-        "wal_log_hints": "on",
-        "recovery_target_timeline": "latest",
-        "primary_conninfo": conninfo,
-        "synchronous_standby_names": names,
-    }
+    settings = {**_same_always(c), "primary_conninfo": conninfo, "synchronous_standby_names": names}
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]
@@ -81,20 +86,47 @@ def clash(auto_conf: str) -> str | None:
 def drop_in(c: FencerConfig) -> tuple[Path, str] | None:
     """For run = "systemd": (file, content) that makes the user's configuration read ours; None: it does already.
 
-    Raises ValueError saying which line the user must add, where there is no folder for it.
+    Raises ValueError saying which line the user must add, where there is no folder for it, or take away, where
+    one sets a setting of Harmony's once more: PostgreSQL takes the last. (Files that are included by name after
+    ours are not looked into.)
     """
     line = f"include_if_exists {quote(f'{c.data_dir}/{CONF}')}"
     user = Path(c.config_file)
-    text = user.read_text()
-    if CONF in text:
-        return None
-    for folder in _INCLUDE_DIR.findall(text):
-        where = user.parent / folder
-        if where.is_dir():
-            path = where / DROP_IN
+    lines = user.read_text(errors="surrogateescape").splitlines()
+    for number, text in reversed(list(enumerate(lines, 1))):
+        if _INCLUDES_OURS.match(text):
+            _refuse_later(c, user, number)
+            return None
+    for number, text in enumerate(lines, 1):
+        found = _INCLUDE_DIR.match(text)
+        if found is not None and (user.parent / found.group(1)).is_dir():
+            path = user.parent / found.group(1) / DROP_IN
+            for other in sorted(path.parent.glob("*.conf")):
+                if other.name > DROP_IN:
+                    _refuse_later(c, other)
+            _refuse_later(c, user, number)
             wanted = f"# Written by Harmony's fencer (run = systemd).\n{line}\n"
-            return None if path.exists() and path.read_text() == wanted else (path, wanted)
+            return (
+                None
+                if path.exists() and path.read_text(errors="surrogateescape") == wanted
+                else (path, wanted)
+            )
     raise ValueError(
         f"{user} does not read Harmony's settings and includes no folder to put them in: add as its last "
         f"line\n{line}"
     )
+
+
+def _refuse_later(c: FencerConfig, file: Path, after: int = 0) -> None:
+    """Raises ValueError for a line beyond `after` that sets what Harmony owns, unless to the same value."""
+    same_always = _same_always(c)
+    for number, text in enumerate(file.read_text(errors="surrogateescape").splitlines(), 1):
+        found = _SETTING.match(text)
+        if found is None or number <= after:
+            continue
+        key, value = found.group(1).lower(), found.group(2).strip("'")
+        if key in OWN_ALWAYS or same_always.get(key, value) != value:
+            raise ValueError(
+                f"{file}, line {number}, sets {key} after Harmony's settings have been read, and would override "
+                "them: delete it, or move it further up"
+            )

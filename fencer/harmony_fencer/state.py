@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from harmony_fencer.durable import REAL, Disk, remove, replace, seal, unseal
+from harmony_fencer.durable import REAL, Disk, read_small, remove, replace, seal, unseal
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
 
 NAME = "fencer.state"
@@ -74,31 +74,43 @@ def testify(path: Path, w: Witness) -> None:
 def witness(path: Path, node: str) -> Witness | None:
     """The witness at `path`, when it is whole and of this node."""
     try:
-        found = msgspec.json.decode(unseal(path.read_bytes()), type=Witness)
+        found = msgspec.json.decode(unseal(read_small(path)), type=Witness)
     except (OSError, ValueError):
         return None
     return found if found.node == node else None
 
 
 def load(folder: Path, *, node: str = "", witnesses: tuple[Path, ...] = ()) -> tuple[State, str]:
-    """The state, and why it cannot be trusted ("" where it can). A missing file is a new node's."""
+    """The state, and why it cannot be trusted ("" where it can). A missing file is a new node's.
+
+    What a witness shows counts as accepted even then: fences are numbered on above it.
+    """
     path = folder / NAME
     seen = [(p, w) for p in witnesses if (w := witness(p, node)) is not None]
+    place, newest = max(seen, key=lambda s: s[1].highest, default=(path, None))
+    instead = fresh() if newest is None else State(newest.fencer_id, newest.highest, None, None)
     try:
-        state = decode(path.read_bytes())
+        state = decode(read_small(path))
     except FileNotFoundError:
-        if seen:
-            place, w = max(seen, key=lambda s: s[1].highest)
-            return fresh(), _repair(f"{path} is gone, but {place} shows generation {w.highest} accepted here")
-        state = fresh()
-        write(folder, state)
-        return state, ""
+        if newest is None:
+            return _begin(folder)
+        return instead, _repair(f"{path} is gone, but {place} shows {newest.highest} accepted here")
     except (ValueError, OSError) as e:
-        return fresh(), _repair(f"{path}: {e}")
-    for place, w in seen:
-        if w.fencer_id == state.fencer_id and w.highest > state.highest:
-            why = f"{path} has generation {state.highest}, but {place} shows {w.highest}: an older copy"
-            return state, _repair(why)
+        return instead, _repair(f"{path}: {e}")
+    ours = [(p, w) for p, w in seen if w.fencer_id == state.fencer_id and w.highest > state.highest]
+    if ours:
+        place, w = max(ours, key=lambda s: s[1].highest)
+        why = f"{path} has generation {state.highest}, but {place} shows {w.highest}: an older copy"
+        return msgspec.structs.replace(state, highest=w.highest), _repair(why)
+    return state, ""
+
+
+def _begin(folder: Path) -> tuple[State, str]:
+    state = fresh()
+    try:
+        write(folder, state)
+    except OSError as e:  # full, read-only, not there: whoever only wants to fence must be able to go on
+        return state, f"{folder / NAME} cannot be written ({e}): repair that disk and restart Harmony"
     return state, ""
 
 
@@ -130,16 +142,16 @@ def set_latch(folder: Path, latch: Latch, *, disk: Disk = REAL) -> None:
     replace(folder / LATCH, seal(msgspec.json.encode(latch)), disk=disk)
 
 
-def lift_latch(folder: Path) -> None:
+def lift_latch(folder: Path, *, disk: Disk = REAL) -> None:
     """Raises OSError."""
-    remove(folder / LATCH)
+    remove(folder / LATCH, disk=disk)
 
 
 def latch(folder: Path) -> Latch | None:
     """The latch in force. One that cannot be read is in force all the same."""
     path = folder / LATCH
     try:
-        return msgspec.json.decode(unseal(path.read_bytes()), type=Latch)
+        return msgspec.json.decode(unseal(read_small(path)), type=Latch)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from harmony_fencer import cgroup, processes
 from harmony_fencer.cgroup import Cgroup
+from harmony_fencer.durable import read_small
 
 FREEZE_WAIT_S = 0.02
 EMPTY = 0
@@ -20,8 +21,9 @@ EMPTY = 0
 class Tree:
     """Of `data_dir`. `unit`: the systemd unit that PostgreSQL runs in, or "".  `own`: use a cgroup of its own."""
 
-    def __init__(self, data_dir: str, *, unit: str = "", own: bool = True) -> None:
-        self._data = data_dir
+    def __init__(self, data_dir: str, *, unit: str = "", own: bool = True, owner: int | None = None) -> None:
+        self._path = data_dir
+        self._data = processes.Place(data_dir, owner)
         self._unit = unit
         self.own: Cgroup | None = None
         why = "switched off"
@@ -33,7 +35,8 @@ class Tree:
             self.where = f"cgroup of {unit}" if unit else f"process tree ({why})"
         self._pinned = processes.Pinned()
         self._groups: list[Cgroup] = []
-        self.halted = False
+        # An earlier fencer's fence that was cut short left them frozen: that is finished, not carried on.
+        self.halted = self.own is not None and self.own.frozen()
         self.halted_how = ""
 
     # ------------------------------------------------------------ looking
@@ -46,8 +49,10 @@ class Tree:
         return processes.of_data_dir(self._data)
 
     def everybody(self) -> list[int]:
-        """pids() and what else is held: helpers such as an archive_command."""
-        found = dict.fromkeys(self.pids())
+        """pids() and what else is held, such as an archive_command; as far as it can be told. Never raises."""
+        found: dict[int, None] = {}
+        with contextlib.suppress(OSError):
+            found = dict.fromkeys(self.pids())
         found.update(dict.fromkeys(self._pinned.left()))
         for group in self._held():
             found.update(dict.fromkeys(group.pids()))
@@ -59,7 +64,10 @@ class Tree:
 
     def gone(self) -> bool:
         """The proof: nothing held lives, and no process of the data directory is found on this host."""
-        return self.quiet() and not self.pids()
+        try:
+            return self.quiet() and not self.pids()
+        except OSError:  # no descriptor, no memory: nothing is proven by what could not be seen
+            return False
 
     def _held(self) -> list[Cgroup]:
         return self._groups if self.own is None else [self.own, *self._groups]
@@ -69,8 +77,9 @@ class Tree:
     def halt(self) -> None:
         """Stop them all where they are; never raises. What is already halted stays so, newcomers are added."""
         self.halted = True
-        frozen = self.own is not None and self.own.populated() and self.own.freeze(FREEZE_WAIT_S)
-        self._find_groups()
+        frozen = self.own is not None and self.own.freeze(FREEZE_WAIT_S)
+        with contextlib.suppress(OSError):
+            self._find_groups()
         also = [g for g in self._groups if g.freeze(FREEZE_WAIT_S)]
         stopped = 0
         with contextlib.suppress(OSError):
@@ -85,7 +94,7 @@ class Tree:
 
     def _find_groups(self) -> None:
         """Cgroups that hold its processes though this fencer did not make them: an earlier fencer's, a unit's."""
-        names = [cgroup.name_for(self._data), *([self._unit] if self._unit else [])]
+        names = [cgroup.name_for(self._path), *([self._unit] if self._unit else [])]
         master = self.postmaster()
         for pid in [master] if master is not None else self.pids()[:1]:
             for name in names:
@@ -132,7 +141,9 @@ class Tree:
     def ready_to_start(self) -> Cgroup | None:
         """The cgroup to start in, running. Raises OSError."""
         if self.own is not None:
-            self.own.path.mkdir(exist_ok=True)
+            if not self.own.path.exists():
+                self.own.path.mkdir()
+                self.own.hold()
             self.own.thaw()
         return self.own
 
@@ -144,7 +155,7 @@ class Tree:
         postmaster was killed between making it and writing it. Any other stale file is left to PostgreSQL,
         which checks more. Raises OSError.
         """
-        path = Path(self._data) / "postmaster.pid"
+        path = Path(self._path) / "postmaster.pid"
         if self.pids():
             return []
         cleared, was = [], _lock(path)
@@ -173,7 +184,7 @@ class Tree:
 def _lock(path: Path) -> int | None:
     """The pid in a lock file, or EMPTY; None where there is no such file, or it says something else."""
     try:
-        first = path.read_text().split("\n", 1)[0].strip()
+        first = read_small(path, 64).split(b"\n", 1)[0].strip()
         return int(first) if first else EMPTY
     except (OSError, ValueError):
         return None

@@ -1,6 +1,7 @@
-"""The agent's link to its fencer: sends orders and renewals, polls the status, and says what it sees.
+"""The agent's link to its fencer: sends orders and renewals, watches the status, and says what it sees.
 
-It decides nothing and repeats nothing: an order that was not accepted is the core's to send anew.
+Two connections: on one it orders and renews, on the other it waits for changes, so that neither waits for the
+other. It decides nothing and repeats nothing: an order that was not accepted is the core's to send anew.
 """
 
 from __future__ import annotations
@@ -14,20 +15,18 @@ from harmony.core.messages import Event, FencerSeen, FencerSilent, FencerView, O
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import FencerClient, protocol
 
-POLL_S = 0.1
-POLL_BUSY_S = 0.02
 ANSWER_S = 0.5
+WATCH_MS = 500
 log = structlog.get_logger("fencer-link")
 
 
 class FencerLink:
-    """`run()` owns the connection; `send()` queues (bounded) what the core decided, in order."""
+    """`run()` owns the connections; `send()` queues (bounded) what the core decided, in order."""
 
     def __init__(self, socket_path: str, post: Callable[[Event], None]) -> None:
         self._path = socket_path
         self._post = post
         self._send, self._receive = trio.open_memory_channel[Order | Renew](64)
-        self._busy = False
         self._told = ""
 
     def send(self, command: Order | Renew) -> None:
@@ -41,34 +40,51 @@ class FencerLink:
         """Connect, and connect again, for ever."""
         pause = 0.05
         while True:
+            began = trio.current_time()
+            why = ""
+            orders, watch = FencerClient(self._path), FencerClient(self._path)
             try:
-                client = FencerClient(self._path)
-                await client.connect()
-                try:
-                    await self._ask(client, protocol.Hello(client="harmony-agent"))
-                    pause = 0.05
-                    await self._serve(client)
-                finally:
-                    await client.close()
-            except FencerUnavailable as e:
-                self._post(FencerSilent(str(e)))
-                if str(e) != self._told:
-                    self._told = str(e)
-                    log.warning("fencer unreachable", why=str(e))
+                await self._connected(orders, watch)
+            except* FencerUnavailable as group:
+                why = "; ".join(str(e) for e in group.exceptions)
+            finally:
+                await orders.close()
+                await watch.close()
+            self._post(FencerSilent(why))
+            if why != self._told:
+                self._told = why
+                log.warning("fencer unreachable", why=why)
+            pause = 0.05 if trio.current_time() - began > 1.0 else min(1.0, pause * 2)
             await trio.sleep(pause)
-            pause = min(1.0, pause * 2)
+
+    async def _connected(self, orders: FencerClient, watch: FencerClient) -> None:
+        async with trio.open_nursery() as nursery:
+            await orders.connect()
+            await watch.connect()
+            nursery.start_soon(self._serve, orders)
+            nursery.start_soon(self._watch, watch)
 
     async def _serve(self, client: FencerClient) -> None:
         while True:
-            command: Order | Renew | None = None
-            with trio.move_on_after(POLL_BUSY_S if self._busy else POLL_S):
-                command = await self._receive.receive()
-            if isinstance(command, Order):
-                await self._order(client, command)
-            elif isinstance(command, Renew):
-                await self._renew(client, command)
-            if not isinstance(command, Renew):
-                await self._ask(client, protocol.StatusRequest())
+            command = await self._receive.receive()
+            await (
+                self._order(client, command) if isinstance(command, Order) else self._renew(client, command)
+            )
+
+    async def _watch(self, client: FencerClient) -> None:
+        seen = await self._status(client, protocol.Hello(client="harmony-agent"))
+        while True:
+            seen = await self._status(client, protocol.StatusRequest(unless=seen, wait_ms=WATCH_MS))
+
+    async def _status(self, client: FencerClient, request: protocol.Hello | protocol.StatusRequest) -> int:
+        reply = await client.request(request, timeout_s=ANSWER_S + WATCH_MS / 1000)
+        if not isinstance(reply, protocol.Status):
+            raise FencerUnavailable(f"the fencer answered a status request with {reply}")
+        if self._told:
+            self._told = ""
+            log.info("fencer reachable", node=reply.node, generation=str(reply.highest))
+        self._post(FencerSeen(_view(reply)))
+        return reply.change
 
     async def _order(self, client: FencerClient, o: Order) -> None:
         generation = protocol.Generation(*o.generation)
@@ -96,17 +112,6 @@ class FencerLink:
         )
         if isinstance(reply, protocol.Refusal):
             log.warning("renewal refused", generation=str(generation), error=reply.error, detail=reply.detail)
-            await self._ask(client, protocol.StatusRequest())
-
-    async def _ask(self, client: FencerClient, request: protocol.Hello | protocol.StatusRequest) -> None:
-        reply = await client.request(request, timeout_s=ANSWER_S)
-        if not isinstance(reply, protocol.Status):
-            raise FencerUnavailable(f"the fencer answered a status request with {reply}")
-        self._busy = reply.order is not None and reply.order.state == "running"
-        if self._told:
-            self._told = ""
-            log.info("fencer reachable", node=reply.node, generation=str(reply.highest))
-        self._post(FencerSeen(_view(reply)))
 
 
 def _view(s: protocol.Status) -> FencerView:

@@ -19,6 +19,8 @@ import structlog
 import trio
 
 EXIT_CONFIG = 78
+NO_START_S = 0.2
+KILLED_S = 0.2
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 5.0
 STEADY_S = 30.0
@@ -46,6 +48,7 @@ class Spec:
     die_with_us: bool = False
     steady: bool = False
     ready_timeout_s: float = 30.0
+    again_timeout_s: float = 30.0  # the same, when an earlier one of ours has ended
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Child:
     ready: bool = False
     status: str = "starting"
     deaths: list[float] = field(default_factory=list)
+    starts: int = 0  # that have come to an end
+    stuck: bool = False  # killed, and not dead: it waits in the kernel, for a hung disk
     last_pong: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
     _stopping: bool = False
@@ -118,9 +123,15 @@ class Child:
         backoff = 0.0
         while not self._stopping:
             began = time.monotonic()
-            self.ready, self.status = False, "starting"
+            self.ready, self.status, self.stuck = False, "starting", False
             self.on_change()
-            process, sock = self._start()
+            try:
+                process, sock = self._start()
+            except (OSError, subprocess.SubprocessError) as e:  # no process, descriptor or memory is left
+                log.critical("cannot be started", child=self.spec.name, why=str(e))
+                self._count_death()
+                await trio.sleep(NO_START_S)
+                continue
             self._process = process
             self._has_started.set()
             log.info("started", child=self.spec.name, pid=process.pid)
@@ -133,13 +144,17 @@ class Child:
             log.error("child died", child=self.spec.name, exit_code=code, lived_s=round(lived, 2))
             if code == EXIT_CONFIG:
                 return EXIT_CONFIG
-            self.deaths = [t for t in self.deaths if t > time.monotonic() - STEADY_S] + [time.monotonic()]
+            self._count_death()
             if lived > STEADY_S:
                 backoff = 0.0
             if backoff:
                 await trio.sleep(backoff)
             backoff = min(BACKOFF_MOST_S, max(BACKOFF_FIRST_S, backoff * 2)) if lived < 10 else 0.0
         return 0
+
+    def _count_death(self) -> None:
+        self.starts += 1
+        self.deaths = [t for t in self.deaths if t > time.monotonic() - STEADY_S] + [time.monotonic()]
 
     async def _tend(self, process: subprocess.Popen[bytes], sock: socket.socket) -> int:
         """Until the process has ended; its exit code."""
@@ -194,11 +209,14 @@ class Child:
             if self.ready:
                 late, what = now - self.last_pong > timeout_s, f"no answer to pings for {timeout_s:g} s"
             else:
-                late = now - began > self.spec.ready_timeout_s
-                what = f"not ready within {self.spec.ready_timeout_s:g} s"
+                patience_s = self.spec.ready_timeout_s if self.starts == 0 else self.spec.again_timeout_s
+                late, what = now - began > patience_s, f"not ready within {patience_s:g} s"
             if late:
                 log.error("killing a child that hangs", child=self.spec.name, pid=process.pid, why=what)
                 process.kill()
+                await trio.sleep(KILLED_S)  # ended by then: this task is cancelled
+                log.critical("killed, and not dead", child=self.spec.name, pid=process.pid)
+                self.stuck = True
                 return
 
     async def stop(self, timeout_s: float) -> None:

@@ -15,7 +15,7 @@ from harmony_supervisor.child import Spec
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
 
-FENCER_PING_SHARE = 0.1  # of fence_timeout
+FENCER_PING_SHARE = 0.15  # of fence_timeout
 FENCER_HUNG_SHARE = 0.35
 
 
@@ -54,7 +54,8 @@ def run(
         ping_interval_s=fence_timeout_s * FENCER_PING_SHARE,
         ping_timeout_s=fence_timeout_s * FENCER_HUNG_SHARE,
         steady=True,
-        ready_timeout_s=30.0 + lease_s + fence_timeout_s,
+        ready_timeout_s=30.0 + lease_s + fence_timeout_s,  # an orphan may guard its lease to the end first
+        again_timeout_s=fence_timeout_s + 2.0,
     )
     agent = Spec(
         "agent",

@@ -84,6 +84,8 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         if await child.run() == EXIT_CONFIG:
+            while child is self.fencer and not self._stopping and not await self._fence_once():
+                await trio.sleep(1.0)  # nobody guards PostgreSQL any more: not before it is fenced
             log.critical("a restart will not help; stopping everything", child=child.spec.name)
             self._end(EXIT_CONFIG)
 
@@ -123,24 +125,35 @@ class Supervisor:
         while True:
             await trio.sleep(0.1)
             recent = [t for t in self.fencer.deaths if t > time.monotonic() - DEATHS_WITHIN_S]
-            if self._stopping or len(recent) < FENCER_DEATHS:
+            if self._stopping or not (self.fencer.stuck or len(recent) >= FENCER_DEATHS):
                 continue
-            log.critical("the fencer cannot be kept up: emergency fence")
-            if await self._fence_once():
+            log.critical("the fencer cannot be kept up: emergency fence", stuck=self.fencer.stuck)
+            proven = await self._fence_once()
+            if proven and not self.fencer.stuck:
                 self._end(1)
                 return
-            log.critical("the emergency fence is NOT proven; trying again, the agent holds others off")
+            if not proven:
+                log.critical("the emergency fence is NOT proven; trying again, the agent holds others off")
             await trio.sleep(1.0)
 
     async def _fence_once(self) -> bool:
-        budget = self._s.fence_timeout_s + 5
-        with trio.move_on_after(budget):
-            done = await trio.run_process(
-                [*self._emergency, "the fencer cannot be kept up"],
-                check=False,
-                stdin=subprocess.DEVNULL,
-                capture_stdout=True,
-            )
-            log.warning("emergency fence", exit_code=done.returncode, outcome=done.stdout.decode()[-500:])
-            return done.returncode == 0
+        """The one-shot, beside whatever fencer there is: whether it has proven its fence."""
+
+        async def kill(process: trio.Process) -> None:
+            process.kill()
+
+        try:
+            with trio.move_on_after(self._s.fence_timeout_s + 5):
+                done = await trio.run_process(
+                    [*self._emergency, "the fencer cannot be kept up"],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    capture_stdout=True,
+                    deliver_cancel=kill,
+                )
+                outcome = done.stdout.decode("utf-8", "replace")[-500:]
+                log.warning("emergency fence", exit_code=done.returncode, outcome=outcome)
+                return done.returncode == 0
+        except (OSError, RuntimeError) as e:
+            log.critical("the emergency fence could not be started", why=str(e))
         return False

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import pwd
 import shutil
 import signal
 import socket
@@ -26,6 +27,14 @@ from harmony.fencer_client import call
 from harmony_fencer import cgroup, processes, protocol
 
 LEASE_S, FENCE_S = 2.0, 1.0
+
+
+def ids_of(user: str | None) -> dict[str, object] | None:
+    """Whom PostgreSQL runs as, for fencer.json."""
+    if user is None:
+        return None
+    entry = pwd.getpwnam(user)
+    return {"uid": entry.pw_uid, "gid": entry.pw_gid, "groups": [entry.pw_gid]}
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Node:
                     "node": "n1",
                     "agent_uid": os.getuid(),
                     "agent_gid": os.getgid(),
-                    "postgres_user": template.user,
+                    "postgres_ids": ids_of(template.user),
                     "data_dir": str(self.data),
                     "config_file": str(self.data / "postgresql.conf"),
                     "run": "pg_ctl",
