@@ -5,7 +5,6 @@ It starts PostgreSQL once, to give it roles and tables, and leaves it stopped; f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from harmony.demo.databases import CONTENT
@@ -53,7 +52,7 @@ class Debian:
         host.run([*control, "stop"])
         host.systemctl("daemon-reload")
 
-    def cluster(self, run: str, more: Mapping[str, Mapping[str, object]] | None = None) -> Cluster:
+    def cluster(self, run: str) -> Cluster:
         """Harmony's configuration of it; where postgresql.conf is, Harmony finds by itself."""
         postgresql: dict[str, object] = {
             "data_dir": self.data,
@@ -62,8 +61,13 @@ class Debian:
         }
         if run == "systemd":
             postgresql["unit"] = self.unit
-        settings: dict[str, Mapping[str, object]] = {"cluster": {"id": "debian"}, "postgresql": postgresql}
-        return Cluster(settings={**settings, **(more or {})})
+        return Cluster(
+            settings={
+                "cluster": {"id": "debian"},
+                "postgresql": postgresql,
+                "supervisor": {"ping_timeout_s": 20},  # tests stop agents
+            }
+        )
 
     def programs(self) -> tuple[str, None]:
         """For HarmonyHost.configure."""

@@ -101,8 +101,12 @@ def test_an_operators_fence_lasts(boots: HarmonyHost, debian: Debian) -> None:
     set_ = latch(host)
     assert set_[0] == "the disk is replaced"
     assert "root" in set_[1]
-    for boot in (host.reboot, lambda: (host.power_cut(), host.boot())):
-        boot()
+    for cut in (False, True):
+        if cut:
+            host.power_cut()
+            host.boot()
+        else:
+            host.reboot()
         wait_until(lambda: host.show("harmony", "ActiveState") == "active", "Harmony is active")
         assert latch(host) == set_
         if host.pids("postgres"):

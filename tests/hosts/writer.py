@@ -23,7 +23,7 @@ from tests.hosts.host import Host, HostError
 
 CLIENTS = 4
 PAUSE_S = 0.004
-AGAIN_S = 0.02
+AGAIN_S = 0.1
 FIRST_TIMEOUT_S = 15.0
 
 
