@@ -300,7 +300,12 @@ class Cluster:
         for process in running:
             procs.send(process, signal.SIGTERM)
         psutil.wait_procs(running, timeout=2 * timing.fence_timeout_s + 10)
+        standbys = [p for data_dir in data_dirs for p in procs.postgres_of(data_dir)]
+        cgroups = procs.cgroups_of(standbys)
         left = procs.kill_everything(self.base, data_dirs)
+        for cgroup in cgroups:
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
         for child in [*self.supervisors.values(), *([self.nats] if self.nats else [])]:
             with contextlib.suppress(psutil.TimeoutExpired):
                 child.wait(timeout=2)

@@ -112,3 +112,16 @@ def stop(process: psutil.Popen, wait_s: float) -> bool:
     except psutil.TimeoutExpired:
         return False
     return True
+
+
+def cgroups_of(processes: list[psutil.Process]) -> list[Path]:
+    """The cgroups (v2) of their own that fencers have made for these processes."""
+    mounts = [p.mountpoint for p in psutil.disk_partitions(all=True) if p.fstype == "cgroup2"]
+    found = set[Path]()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/cgroup").read_text().splitlines():
+                path = Path(line[3:])
+                if mounts and line.startswith("0::") and path.name.startswith("harmony-"):
+                    found.add(Path(mounts[0]) / path.relative_to("/"))
+    return sorted(found)

@@ -15,7 +15,7 @@ from harmony_supervisor.child import Spec
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
 
-FENCER_PING_SHARE = 0.15  # of fence_timeout
+FENCER_PING_SHARE = 0.18  # of fence_timeout: the second look after a hang comes just past the share below
 FENCER_HUNG_SHARE = 0.35
 
 
