@@ -20,7 +20,7 @@ from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
 from harmony_fencer.engine import Engine, Outcome, Parts
-from harmony_fencer.ledger import Ledger
+from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import (
@@ -48,7 +48,6 @@ from harmony_fencer.protocol import (
 from harmony_fencer.watchdog import Policy, WatchdogError
 
 ASYNC_RULE = SyncRule(0, ())
-UNHURRIED_S = 5.0  # how long an activate or follow waits for the disk of its generation
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
 
 

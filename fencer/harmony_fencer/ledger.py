@@ -18,6 +18,7 @@ from harmony_fencer.durable import REAL, Disk, in_thread
 from harmony_fencer.log import log
 from harmony_fencer.protocol import Generation, Latch
 
+UNHURRIED_S = 5.0  # how long an activate or follow waits for the disk of its generation
 PATIENCE_SHARE = 0.25  # of fence_timeout: how long a disk may take before it counts as broken
 
 

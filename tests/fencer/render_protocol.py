@@ -18,7 +18,7 @@ from msgspec import inspect
 from harmony_fencer import protocol, server
 from harmony_fencer.admit import PERMITTED, Facts, NewOrder, Peer, Permit, Repeat, Verdict
 from harmony_fencer.admit import Extend as Extended
-from harmony_fencer.ledger import PATIENCE_SHARE
+from harmony_fencer.ledger import PATIENCE_SHARE, UNHURRIED_S
 from harmony_fencer.protocol import (
     Activate,
     Fence,
@@ -109,6 +109,9 @@ MEANING = {
     "Status.latch": "the operator's fence in force",
     "Status.held_by": "how PostgreSQL's processes are held: a cgroup, or the process tree and why, for people",
     "Status.watchdog": "the watchdog device and its state, for people",
+    "StatusRequest.unless": "the `change` of the last `status` seen",
+    "StatusRequest.wait_ms": "while nothing has changed since `unless`, answer after so many milliseconds",
+    "Status.change": "another number when anything but times has changed; begins anew with the fencer",
     "Status.cannot_lead": "why an `activate` would fail here, for people; empty: nothing is known against it",
     "Refusal.error": "see [refusals](#refusals)",
     "Refusal.detail": "for people; printable",
@@ -242,7 +245,7 @@ REFUSALS = {
     ),
     "storage_failed": (
         "the order could not be made durable, so it was not begun",
-        "repair the disk; the state is untrusted where the disk did not answer in time",
+        "repair the disk, and ask again",
     ),
     "retiring": (
         "the fencer is ending (asked to, or its supervisor died): it only keeps the lease it has",
@@ -291,9 +294,20 @@ def _limits() -> list[str]:
             "more wait their turn in connect()",
         ),
         (
-            "a write to the fencer's disk",
-            f"`fence_timeout_s` × {PATIENCE_SHARE:g}",
+            "requests of the agent's user",
+            f"{server.AGENT_PER_S:g} a second, {server.AGENT_BURST} at once",
+            "over all its connections; faster: answered later",
+        ),
+        ("`wait_ms` of a `status`", f"{protocol.MAX_WAIT_MS} ms", "longer: `bad_message`"),
+        (
+            "the disk of an `activate` or `follow`",
+            f"{UNHURRIED_S:g} s",
             "slower: `storage_failed`",
+        ),
+        (
+            "the disk of a fence",
+            f"`fence_timeout_s` × {PATIENCE_SHARE:g}",
+            "slower: fenced all the same, and untrusted from then on",
         ),
     ]
     lines = ["| what | limit | beyond it |", "| --- | --- | --- |"]
