@@ -10,6 +10,8 @@ from harmony_fencer.clock import Clock
 from harmony_fencer.protocol import Rung, SyncRule
 from harmony_fencer.watchdog import Watchdog
 
+ASYNC_RULE = SyncRule(0, ())  # of whoever does not lead
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

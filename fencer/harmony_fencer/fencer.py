@@ -19,10 +19,10 @@ from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, 
 from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
-from harmony_fencer.engine import Engine, Outcome, Parts
+from harmony_fencer.engine import ASYNC_RULE, Engine, Outcome, Parts
 from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
-from harmony_fencer.programs import PostgresError
+from harmony_fencer.programs import PostgresError, explain
 from harmony_fencer.protocol import (
     VERSION,
     Accepted,
@@ -47,14 +47,7 @@ from harmony_fencer.protocol import (
 )
 from harmony_fencer.watchdog import Policy, WatchdogError
 
-ASYNC_RULE = SyncRule(0, ())
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
-
-
-def _text(e: Exception) -> str:
-    """For the operator; what we did not expect says what it is."""
-    expected = isinstance(e, PostgresError | WatchdogError | OSError)
-    return (str(e) if expected else f"unexpected: {e!r}")[:500]
 
 
 class Fencer:
@@ -410,7 +403,7 @@ class Fencer:
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
             self._engine.halt()
             self._drop_lease()
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=_text(e)), began)
+            await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
         self._running = True
@@ -427,7 +420,7 @@ class Fencer:
             await self._configure(request.primary, ASYNC_RULE)
             await (self._engine.reload() if running else self._engine.start())
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=_text(e)), began)
+            await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             return
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done"), began)
@@ -473,9 +466,8 @@ class Fencer:
 
     def brief(self) -> str:
         """For the supervisor's status line. Looks at nothing: it goes with every answer to a ping."""
-        lease = "leased" if self._active is not None else "no lease"
-        postgres = "running" if self._running else "down"
-        return f"postgres {postgres}, generation {self._ledger.state.highest}, {lease}"
+        words = "running" if self._running else "down", "leased" if self._active is not None else "no lease"
+        return f"postgres {words[0]}, generation {self._ledger.state.highest}, {words[1]}"
 
     def status(self) -> Status:
         """Everything, as of now."""

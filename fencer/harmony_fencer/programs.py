@@ -18,6 +18,7 @@ from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import read_small
 from harmony_fencer.log import log
 from harmony_fencer.realtime import ordinary
+from harmony_fencer.watchdog import WatchdogError
 
 LOG = "harmony-postgres.log"
 SYSTEMCTL_S = 5.0
@@ -26,6 +27,12 @@ KILLED_S = 0.2
 
 class PostgresError(Exception):
     """PostgreSQL did not do what it was told; the text is for the operator."""
+
+
+def explain(e: Exception) -> str:
+    """For the operator; what nobody expected says what it is."""
+    expected = isinstance(e, PostgresError | WatchdogError | OSError)
+    return (str(e) if expected else f"unexpected: {e!r}")[:500]
 
 
 def log_tail(data: Path) -> str:
