@@ -202,6 +202,7 @@ def test_a_postmaster_is_known_from_its_exec_on(node: Node) -> None:
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             cwd="/",
+            user=node.template.user,
             env={"LD_LIBRARY_PATH": str(node.template.postgres.library_dir or "")},
         ) as process:
             assert process.stdin is not None
