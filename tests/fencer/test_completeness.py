@@ -193,11 +193,13 @@ def test_a_postmaster_is_known_from_its_exec_on(node: Node) -> None:
     """I6: the kernel shows the new executable before it shows the arguments; there is no gap between."""
     wanted = processes.identity(str(node.data))
     assert wanted is not None
-    postgres = f"{node.template.postgres.bin_dir}/postgres"
+    postgres, seen = f"{node.template.postgres.bin_dir}/postgres", 0
+    options = ["-p", str(node.port), "-c", f"unix_socket_directories={node.top}/s"]
     for number in range(100):
+        node.tidy()
         tell, variables = (["-D", str(node.data)], "") if number % 2 else ([], f"PGDATA={node.data} ")
         with subprocess.Popen(
-            ["/bin/sh", "-c", f'read x; {variables}exec "$0" "$@"', postgres, *tell, "-p", "1"],
+            ["/bin/sh", "-c", f'read x; {variables}exec "$0" "$@"', postgres, *tell, *options],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -208,12 +210,15 @@ def test_a_postmaster_is_known_from_its_exec_on(node: Node) -> None:
             assert process.stdin is not None
             process.stdin.write(b"\n")
             process.stdin.flush()
-            until = time.monotonic() + 5
-            while os.readlink(f"/proc/{process.pid}/exe").rpartition("/")[2] != "postgres":  # noqa: PTH115 (fast)
-                assert time.monotonic() < until
+            with contextlib.suppress(FileNotFoundError):  # it has ended already: we did not get to run
+                while os.readlink(f"/proc/{process.pid}/exe").rpartition("/")[2] != "postgres":  # noqa: PTH115
+                    pass
             known = processes.belongs(process.pid, wanted)
+            lives = process.poll() is None
             process.kill()
-        assert known, number
+        assert known or not lives, number
+        seen += lives
+    assert seen > 50
 
 
 @by_hand
