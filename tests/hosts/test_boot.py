@@ -40,6 +40,11 @@ def standby(host: HarmonyHost) -> bool:
     return host.sql("SELECT pg_is_in_recovery()") == [[True]]
 
 
+def setting(host: HarmonyHost, name: str) -> str:
+    argv = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", f"--command=SHOW {name}"]
+    return host.run(argv, user="postgres").stdout.strip()
+
+
 def up(host: HarmonyHost, debian: Debian) -> None:
     wait_until(lambda: host.show(debian.unit, "ActiveState") == "active", f"{debian.unit} is active")
 
@@ -54,6 +59,8 @@ def test_a_power_cut_of_a_primary(boots: HarmonyHost, debian: Debian) -> None:
     """I1: nothing was fenced before the cut, no standby.signal is on disk; at boot PostgreSQL is read-only."""
     host = boots
     lead(host)
+    assert setting(host, "config_file") == f"{debian.data}/harmony.postgresql.conf"
+    assert setting(host, "cluster_name") == f"{debian.version}/main"  # of /etc, which it includes
     host.run(["sh", "-c", 'test ! -e "$0/standby.signal"', debian.data])
     host.power_cut()
     host.boot()

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from tests.hosts.harmony_host import HarmonyHost
+from tests.hosts.harmony_host import CONFIG, HarmonyHost
 from tests.hosts.host import wait_until
 from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S
 from tests.hosts.writer import now_s, writing
@@ -67,6 +67,24 @@ def test_all_of_harmony_killed_at_once(hard_host: HarmonyHost) -> None:
     assert "Harmony has ended" in host.journal("harmony", 400)
 
 
+def test_all_of_harmony_killed_and_unable_to_come_back(hard_host: HarmonyHost) -> None:
+    """W9: nothing but ExecStopPost= is left: no Harmony starts with a configuration that was broken meanwhile."""
+    host = hard_host
+    good = host.read(CONFIG)
+    host.write(CONFIG, good + "this is no TOML\n")
+    with writing(host) as writer:
+        killed = ended(host, *HARMONY)
+        wait_until(lambda: host.show("harmony", "ActiveState") == "failed", "systemd gives up")
+        time.sleep(max(0.0, killed + LEASE_S + FENCE_TIMEOUT_S + 1 - now_s()))
+        took = writer.so_far().commits[-1].at_s - killed
+        host.write(CONFIG, good)
+        assert host.pids("postgres") == []
+        host.start()
+        host.wait_for_primary()
+    print(f"all killed for good: last commit acknowledged after {took:.3f} s")
+    assert took <= LEASE_S + FENCE_TIMEOUT_S
+
+
 def test_agent_and_fencer_killed_at_once(hard_host: HarmonyHost) -> None:
     """W9: the supervisor starts both again; the fencer goes on under the lease, or fences when it is over."""
     host = hard_host
@@ -87,7 +105,7 @@ def test_agent_and_fencer_killed_at_once(hard_host: HarmonyHost) -> None:
 
 
 def test_a_hung_supervisor_is_killed_and_replaced(hard_host: HarmonyHost) -> None:
-    """W9: WatchdogSec= is real, and its signal kills what is stopped (SIGABRT would wait for ever)."""
+    """W9: WatchdogSec= is real: a supervisor that pets no more is killed, and the next one takes over."""
     host = hard_host
     old = running(host, *HARMONY)
     with writing(host) as writer:

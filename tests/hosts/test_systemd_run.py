@@ -15,6 +15,7 @@ import pytest
 from tests.hosts.debian import Debian
 from tests.hosts.harmony_host import CONFIG, HarmonyHost
 from tests.hosts.host import wait_until
+from tests.hosts.test_boot import setting, standby
 from tests.hosts.test_switch import ended
 from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S, control_state, follow
 from tests.hosts.writer import now_s, writing
@@ -50,20 +51,9 @@ def checksums(host: HarmonyHost, debian: Debian) -> str:
     return host.run(["sha256sum", *files, f"{debian.data}/postgresql.auto.conf"]).stdout
 
 
-def show(host: HarmonyHost, setting: str) -> str:
-    out = host.run(
-        ["psql", "--no-psqlrc", "--tuples-only", "--no-align", f"--command=SHOW {setting}"], user="postgres"
-    )
-    return out.stdout.strip()
-
-
 def postmaster(host: HarmonyHost) -> int:
     (pid,) = [p.pid for p in host.processes("postgres") if "-D" in p.argv]
     return pid
-
-
-def standby(host: HarmonyHost) -> bool:
-    return host.sql("SELECT pg_is_in_recovery()") == [[True]]
 
 
 # ---------------------------------------------------------------- what it makes of Debian's layout
@@ -85,14 +75,14 @@ def test_its_settings_are_in_force_and_the_users_files_untouched(
 ) -> None:
     """O7: one file in conf.d includes what Harmony writes; postgresql.conf was found by itself."""
     host = unit_host
-    assert show(host, "config_file") == f"{debian.etc}/postgresql.conf"
+    assert setting(host, "config_file") == f"{debian.etc}/postgresql.conf"
     included = f"{debian.etc}/conf.d/zz-harmony.conf"
     sql = "SELECT sourcefile, pending_restart FROM pg_settings WHERE name = 'synchronous_standby_names'"
     ours = f"{debian.data}/harmony.postgresql.conf"
     assert ours in host.read(included)
     assert host.sql(sql, role="harmony")[0][0] == ours
-    assert show(host, "wal_log_hints") == "on"
-    assert show(host, "cluster_name") == f"{debian.version}/main"  # the user's
+    assert setting(host, "wal_log_hints") == "on"
+    assert setting(host, "cluster_name") == f"{debian.version}/main"  # the user's
     assert host.run(["stat", "--format=%a", included]).stdout == "644\n"
     assert checksums(host, debian) == sums
 
@@ -248,4 +238,4 @@ def test_settings_that_would_override_harmonys_are_refused(unit_host: HarmonyHos
     assert f"{user}, line {late}, sets synchronous_standby_names" in said
     host.write(user, good, owner="postgres:postgres")
     host.wait_for_primary()
-    assert show(host, "synchronous_standby_names") == ""
+    assert setting(host, "synchronous_standby_names") == ""
