@@ -101,9 +101,9 @@ class Programs:
             sink.seek(0)
             text = sink.read()[-4000:].decode("utf-8", "replace")
         if process.returncode != 0:
-            said = " ".join(text.split())[-200:]
+            said, tail = " ".join(text.split())[-400:], log_tail(Path(self._c.data_dir))
             raise PostgresError(
-                f"{shown} exited {process.returncode}: {said}; log: {log_tail(Path(self._c.data_dir))}"
+                f"{shown} exited {process.returncode}: {said}" + (f"; log: {tail}" if tail else "")
             )
         return text
 
