@@ -705,7 +705,10 @@ def main() -> None:
             node.start()
             fuzz = Fuzz(node, options.seed)
             begun = time.monotonic()
-            before, after = fuzz.run(options.frames)
+            try:
+                before, after = fuzz.run(options.frames)
+            except (OSError, EOFError) as e:
+                raise SystemExit(f"VIOLATION ({replay}): the fencer ended: {e!r}\n{node.log()}") from e
             seconds = time.monotonic() - begun
             print(f"{fuzz.sent} frames in {seconds:.0f} s: {fuzz.sent / seconds:.0f} a second, on ", end="")
             print(
@@ -718,9 +721,6 @@ def main() -> None:
             )
             print(f"descriptors: {before.descriptors}, {after.descriptors}")
             judge(fuzz, before, after, seconds)
-        except (OSError, EOFError) as e:
-            shown = f"the fencer ended: {e!r}\n{node.log()}"
-            raise SystemExit(f"VIOLATION ({replay}): {shown}") from e
         finally:
             node.destroy()
             shutil.rmtree(node.data, ignore_errors=True)
