@@ -6,6 +6,7 @@ The only file of `harmony` that imports from the fencer. It repeats nothing: one
 from __future__ import annotations
 
 import socket
+import struct
 import time
 
 import trio
@@ -27,7 +28,11 @@ class FencerClient:
         """Raises FencerUnavailable."""
         try:
             with trio.fail_after(2.0):
-                self._stream = await trio.open_unix_socket(self._path)
+                while self._stream is None:
+                    try:
+                        self._stream = await trio.open_unix_socket(self._path)
+                    except BlockingIOError:  # so many wait to be accepted that none more may
+                        await trio.sleep(0.01)
         except (OSError, trio.TooSlowError) as e:
             raise FencerUnavailable(f"{self._path}: {str(e) or 'no answer in 2 s'}") from e
 
@@ -79,12 +84,15 @@ def call(path: str, request: protocol.Request, *, timeout_s: float) -> protocol.
     until = time.monotonic() + timeout_s
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(timeout_s)
+            # A connect() that may wait: with settimeout() it fails at once where others wait to be accepted.
+            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             sock.connect(path)
+            sock.settimeout(timeout_s)
             sock.sendall(protocol.frame(request))
             header = _receive(sock, protocol.HEADER.size, until)
             return protocol.decode_reply(_receive(sock, protocol.frame_length(header), until))
-    except TimeoutError as e:
+    except (TimeoutError, BlockingIOError) as e:
         raise FencerUnavailable(f"{path}: no answer in {timeout_s:g} s") from e
     except (OSError, protocol.ProtocolError) as e:
         raise FencerUnavailable(f"{path}: {e}") from e

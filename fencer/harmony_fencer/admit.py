@@ -138,6 +138,9 @@ def _order(f: Facts, r: Activate | Fence | Follow, now_ns: int) -> Verdict:
             return Refusal("latched", "an operator fenced this node; harmonyctl unfence", f.highest)
     if isinstance(r, Activate) and r.deadline_boottime_ns <= now_ns:
         return Refusal("lease_expired", "the lease's deadline is in the past", f.highest)
+    if isinstance(r, Activate) and not set(r.sync.voters) <= f.members - {f.node}:
+        unknown = sorted(set(r.sync.voters) - (f.members - {f.node}))
+        return Refusal("bad_message", f"cannot wait for {unknown}: not other configured members", f.highest)
     if isinstance(r, Follow) and primary is not None and (primary == f.node or primary not in f.members):
         return Refusal("bad_message", f"cannot follow {primary}: not another configured member", f.highest)
     return NewOrder(op, g, primary)

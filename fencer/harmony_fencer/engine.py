@@ -35,10 +35,10 @@ class Engine(Protocol):
         """Marked so that whoever starts it gets a read-only standby."""
 
     def pids(self) -> list[int]:
-        """Live processes, the postmaster first."""
+        """Live processes, the postmaster first. Raises OSError: cannot tell."""
 
     def postmaster(self) -> int | None:
-        """The live postmaster's pid."""
+        """The live postmaster's pid. Raises OSError: cannot tell."""
 
     @property
     def halted(self) -> bool:
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Climb the ladder: a clean shutdown until `clean_until_ns` (0: none), then halt and kill."""
 
     async def ended(self, pid: int, within_s: float) -> bool:
-        """Wait for the process's end, `within_s` at most: whether it has ended."""
+        """Wait for the process's end, `within_s` at most: whether it has ended. Raises OSError: cannot tell."""
 
     async def system_identifier(self) -> str | None:
         """From the control file, once read for good."""

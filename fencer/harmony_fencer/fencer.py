@@ -278,9 +278,10 @@ class Fencer:
             self._ledger.testify()
         if self._retiring and not is_fence:
             return Refusal("retiring", "the fencer ends", self._ledger.state.highest)
-        log.info("accepted", op=verdict.op, generation=str(verdict.generation), primary=verdict.primary)
-        now_ns, deadline_ns = self._clock.now_ns(), self._deadline_ns
-        clean_until_ns = max(deadline_ns, now_ns + round(self._c.fence_timeout_s * CLEAN_SHARE * NS))
+        why, number = getattr(request, "reason", ""), str(verdict.generation)
+        log.info("accepted", op=verdict.op, generation=number, primary=verdict.primary, reason=why)
+        now_ns, share_s = self._clock.now_ns(), self._c.fence_timeout_s * CLEAN_SHARE
+        clean_until_ns = max(self._deadline_ns, now_ns + round(share_s * NS))
         if is_fence and not getattr(request, "clean", False):
             self._engine.halt()  # before anything else: writes end here
         while self._effects.busy:  # also a fence of its own that the guard began meanwhile

@@ -126,8 +126,7 @@ class Ladder:
     async def _fast(self) -> None:
         begun = boot_ns()
         self._tree.watch()
-        master = self._tree.postmaster()
-        sent = master is not None and self._tree.signal_postmaster(signal.SIGINT)
+        sent = self._tree.signal_postmaster(signal.SIGINT)
         watched_ns = begun
         while sent and not self._tree.gone() and boot_ns() < self._clean_until:
             await trio.sleep(POLL_S * 2)
@@ -135,8 +134,7 @@ class Ladder:
                 self._tree.watch()
                 watched_ns = boot_ns()
         self._tree.watched()
-        detail = f"SIGINT to postmaster {master}" if sent else "no postmaster to tell"
-        self._rung("fast", begun, detail)
+        self._rung("fast", begun, "SIGINT to the postmaster" if sent else "no postmaster to tell")
 
     def _freeze(self) -> None:
         begun = boot_ns()

@@ -85,6 +85,7 @@ class Log:
         now = datetime.datetime.now(datetime.UTC)
         if self._console:
             shown = " ".join(f"{k}={v}" for k, v in fields.items())
+            shown = "".join(c if c.isprintable() else "?" for c in shown)  # a client's texts are in it
             line = f"{now:%H:%M:%S.%f} {level:8} {event} {shown}".encode("utf-8", "replace")
         else:
             said = {**self._bound, "level": level, "event": event, **fields}

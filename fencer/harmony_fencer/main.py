@@ -120,7 +120,10 @@ def _parent(pid: int) -> int:
 
 
 def _successor_waits(config: FencerConfig) -> bool:
-    fd = _flock(config, "fencer.next")
+    try:
+        fd = _flock(config, "fencer.next")
+    except OSError:  # no descriptor or no room is left: the lease is guarded all the same
+        return False
     if fd is not None:
         os.close(fd)
     return fd is None
@@ -210,7 +213,8 @@ def emergency(config: FencerConfig, reason: str, who: str | None) -> int:
             sys.stderr.write(f"harmony-fencer: the latch could not be set: {e}\n")
 
     async def stop() -> Outcome:
-        leases.clear(Path(config.run_dir) / leases.NAME)
+        with contextlib.suppress(OSError):  # it ends by itself
+            leases.clear(Path(config.run_dir) / leases.NAME)
         return await postgres.stop()
 
     return _report(reason, trio.run(stop))
@@ -251,10 +255,8 @@ def _reset(config: FencerConfig, term: int | None) -> int:
     for place in places:
         seen = states.witness(place, config.node)
         if seen is not None and seen.highest.term > term:
-            text = (
-                f"--term {term} is below the term {seen.highest.term} that {place} shows: give the cluster's"
-            )
-            return _fail(text, EXIT_CONFIG)
+            text = f"--term {term} is below the term {seen.highest.term} that {place} shows"
+            return _fail(f"{text}: give the cluster's, or move that file away", EXIT_CONFIG)
     kept = states.reset(Path(config.state_dir), term)
     sys.stdout.write(f"state begun anew at generation {term}.0; the old file: {kept}\n")
     return 0

@@ -39,6 +39,7 @@ class Postgres:
             unit=config.unit if config.run == "systemd" else "",
             own=config.cgroup and lasting,
             owner=ids.uid if ids is not None else os.geteuid(),
+            notes=Path(config.run_dir) / "places.json",
         )
         self.where = self.tree.where
         self._system_identifier: str | None = None
@@ -56,10 +57,10 @@ class Postgres:
         return self.tree.halted
 
     def initialised(self) -> bool:
-        return (self.data / "PG_VERSION").exists()
+        return _exists(self.data / "PG_VERSION", otherwise=True)
 
     def is_standby(self) -> bool:
-        return (self.data / "standby.signal").exists()
+        return _exists(self.data / "standby.signal", otherwise=False)
 
     def timeline(self) -> int:
         names = [n for n in os.listdir(self.data / "pg_wal") if _WAL.match(n)]
@@ -68,7 +69,7 @@ class Postgres:
     async def ended(self, pid: int, within_s: float) -> bool:
         try:
             fd = os.pidfd_open(pid)
-        except OSError:
+        except ProcessLookupError:
             return True
         try:
             if self.postmaster() != pid:
@@ -172,3 +173,11 @@ class Postgres:
             # Whatever became of it: the unit must not be started again by systemd.
             await self._programs.systemctl("stop --no-block", timeout_s=1.0, check=False)
         return outcome
+
+
+def _exists(path: Path, *, otherwise: bool) -> bool:
+    """`otherwise`, the safe answer, where the disk or the folder does not tell."""
+    try:
+        return path.exists()
+    except OSError:
+        return otherwise

@@ -11,6 +11,7 @@ is never signalled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -20,7 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from harmony_fencer.durable import read_small
+import msgspec
+
+from harmony_fencer.clock import boot_id
+from harmony_fencer.durable import read_small, seal, unseal
 
 NAMES = {"postgres", "postmaster"}
 MAX_PASSES = 50
@@ -28,6 +32,7 @@ EXEC_S = 0.03
 EXEC_POLL_S = 0.0002
 LISTENERS_S = 0.05  # whose name comes later stays unknown: no message is worth a late fence
 GONE = (FileNotFoundError, ProcessLookupError, NotADirectoryError)
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the host or of us: nothing is known by a failure
 
 
 class Identity(NamedTuple):
@@ -37,24 +42,64 @@ class Identity(NamedTuple):
     owner: int
 
 
-class Place:
-    """A data directory by its path, and every directory that has stood there since: one that was renamed or
-    replaced under a running PostgreSQL is still its own. `owner`: PostgreSQL's uid (None: the directory's)."""
+class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where PostgreSQL of the data directory `path` may live, in this boot."""
 
-    def __init__(self, path: str, owner: int | None = None) -> None:
-        self.path, self._owner = path, owner
-        self._known: set[tuple[int, int]] = set()
+    boot_id: str
+    path: str
+    places: tuple[tuple[int, int], ...]
+
+
+class Place:
+    """A data directory by its path, and every directory that has stood there since the last proof that nobody
+    lives in it: one that was renamed or replaced under a running PostgreSQL is still its own.
+
+    `owner`: PostgreSQL's uid (None: the directory's). `notes`: a file in which the next fencer, and a one-shot
+    beside us, find what we saw. It means nothing in another boot.
+    """
+
+    def __init__(self, path: str, owner: int | None = None, notes: Path | None = None) -> None:
+        self.path, self._owner, self._notes = path, owner, notes
+        self._known: set[tuple[int, int]] = self._noted()
         self.identity()
 
     def identity(self) -> Identity | None:
-        """All that was ever seen there; None while nothing was."""
+        """All that was seen there; None while nothing was."""
         found = identity(self.path)
         if found is not None:
-            self._known |= found.places
             self._owner = found.owner if self._owner is None else self._owner
+            if not found.places <= self._known:
+                self._known |= found.places
+                self._note()
         if not self._known or self._owner is None:
             return None
         return Identity(frozenset(self._known), self._owner)
+
+    def forget(self) -> None:
+        """Nobody lives in any of them: a directory that is gone may leave its number to another program's."""
+        found = identity(self.path)
+        now = set(found.places) if found is not None else set[tuple[int, int]]()
+        if now != self._known:
+            self._known = now
+            self._note()
+
+    def _noted(self) -> set[tuple[int, int]]:
+        if self._notes is None:
+            return set()
+        try:
+            notes = msgspec.json.decode(unseal(read_small(self._notes)), type=Notes)
+        except (OSError, ValueError):
+            return set()
+        return set(notes.places) if (notes.boot_id, notes.path) == (boot_id(), self.path) else set()
+
+    def _note(self) -> None:
+        if self._notes is None:
+            return
+        raw = seal(msgspec.json.encode(Notes(boot_id(), self.path, tuple(sorted(self._known)))))
+        temporary = self._notes.with_name(f"{self._notes.name}.{os.getpid()}.new")
+        with contextlib.suppress(OSError):  # without them only a directory that is moved later is not found
+            temporary.write_bytes(raw)
+            temporary.rename(self._notes)
 
 
 Data = str | Place
@@ -154,16 +199,23 @@ def of_data_dir(data: Data) -> list[int]:
 
 
 def pid_file(data: Data) -> int | None:
-    """What postmaster.pid says, true or stale."""
+    """What postmaster.pid says, true or stale. Raises OSError where we are too exhausted to read it."""
     try:
         pid = int(read_small(Path(_path(data)) / "postmaster.pid", 64).split(b"\n", 1)[0])
-    except (OSError, ValueError):
+    except OSError as e:
+        if e.errno in EXHAUSTED:
+            raise
+        return None
+    except ValueError:
         return None
     return pid if pid > 0 else None
 
 
 def postmaster(data: Data) -> int | None:
-    """The live postmaster's pid by postmaster.pid, verified; a stale file's pid is nobody's business."""
+    """The live postmaster's pid by postmaster.pid, verified; a stale file's pid is nobody's business.
+
+    Raises OSError: cannot tell.
+    """
     wanted, pid = identity(data), pid_file(data)
     return pid if pid is not None and wanted is not None and belongs(pid, wanted) else None
 
@@ -180,15 +232,14 @@ def children(pid: int) -> list[int]:
 def in_sessions(leaders: Iterable[int], data: Data) -> list[int]:
     """Who is in the session of one of `leaders`, as the data directory's owner: what a helper left behind in the
     background when it ended (its parent is PID 1 by then)."""
-    wanted, found = {str(pid) for pid in leaders}, []
-    if not wanted:
+    wanted, found, whose = {str(pid) for pid in leaders}, [], identity(data)
+    if not wanted or whose is None:
         return []
     with contextlib.suppress(OSError):
-        owner = Path(_path(data)).stat().st_uid
         for name in os.listdir("/proc"):
             if name.isdigit() and wanted.intersection(_stat(int(name))[3:4]):
                 with contextlib.suppress(OSError):
-                    if Path(f"/proc/{name}").stat().st_uid == owner:
+                    if Path(f"/proc/{name}").stat().st_uid == whose.owner:
                         found.append(int(name))
     return found
 
@@ -245,18 +296,21 @@ class Pinned:
             fd = os.pidfd_open(pid)
         except OSError:
             return False
-        fields = _stat(pid)
-        if (
-            (parent and fields[1:2] == [str(parent)])
-            or (wanted is not None and belongs(pid, wanted))
-            or (fields[3:4] and int(fields[3]) in sessions)
-        ):
-            self._fds[pid] = fd
-            if fields[3:4] == [str(pid)]:
-                self._sessions.add(pid)
-            return True
-        os.close(fd)
-        return False
+        try:
+            fields = _stat(pid)
+            if (
+                (parent and fields[1:2] == [str(parent)])
+                or (wanted is not None and belongs(pid, wanted))
+                or (fields[3:4] and int(fields[3]) in sessions)
+            ):
+                self._fds[pid] = fd
+                if fields[3:4] == [str(pid)]:
+                    self._sessions.add(pid)
+                return True
+            return False
+        finally:
+            if pid not in self._fds:
+                os.close(fd)
 
     def _forget_ended(self) -> None:
         """Their numbers may come back as other processes of PostgreSQL, which must be pinned anew."""

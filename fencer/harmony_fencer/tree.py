@@ -19,11 +19,20 @@ EMPTY = 0
 
 
 class Tree:
-    """Of `data_dir`. `unit`: the systemd unit that PostgreSQL runs in, or "".  `own`: use a cgroup of its own."""
+    """Of `data_dir`. `unit`: the systemd unit that PostgreSQL runs in, or "". `own`: use a cgroup of its own.
+    `owner`, `notes`: see processes.Place."""
 
-    def __init__(self, data_dir: str, *, unit: str = "", own: bool = True, owner: int | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        unit: str = "",
+        own: bool = True,
+        owner: int | None = None,
+        notes: Path | None = None,
+    ) -> None:
         self._path = data_dir
-        self._data = processes.Place(data_dir, owner)
+        self._data = processes.Place(data_dir, owner, notes)
         self._unit = unit
         self.own: Cgroup | None = None
         why = "switched off"
@@ -115,9 +124,11 @@ class Tree:
             self._pinned.catch_left_behind(self._data)
 
     def signal_postmaster(self, number: signal.Signals) -> bool:
-        """Through a pidfd, verified. False when there is none."""
-        master = self.postmaster()
-        return master is not None and processes.send(master, number, self._data)
+        """Through a pidfd, verified. False when there is none, or that cannot be told. Never raises."""
+        with contextlib.suppress(OSError):
+            master = self.postmaster()
+            return master is not None and processes.send(master, number, self._data)
+        return False
 
     def kill(self) -> None:
         """SIGKILL to all that can be found, stopped or not. Never raises."""
@@ -132,6 +143,7 @@ class Tree:
     def released(self) -> None:
         """All are proven gone: let newcomers run again."""
         self._pinned.close()
+        self._data.forget()
         for group in self._held():
             with contextlib.suppress(OSError):
                 group.thaw()
@@ -140,6 +152,8 @@ class Tree:
 
     def ready_to_start(self) -> Cgroup | None:
         """The cgroup to start in, running. Raises OSError."""
+        if not self.pids():
+            self._data.forget()
         if self.own is not None:
             if not self.own.path.exists():
                 self.own.path.mkdir()

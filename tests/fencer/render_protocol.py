@@ -421,6 +421,16 @@ NO_MEMBER = Step(
     "bad_message",
     lambda c: replace(c, request=msgspec.structs.replace(c.request, primary="n9")),
 )
+NO_VOTERS = Step(
+    "`sync.voters` names this node, or no configured member",
+    "bad_message",
+    lambda c: replace(c, request=msgspec.structs.replace(c.request, sync=SyncRule(1, ("n9",)))),
+)
+NEWER = Step(
+    "a newer order has been accepted and is about to begin",
+    "not_active",
+    lambda c: _facts(c, highest=Generation(7, 9)),
+)
 NOT_ACTIVE = Step(
     "the generation is not the one whose lease is in force",
     "not_active",
@@ -443,7 +453,7 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
     (Case(FRESH, StatusRequest(), "agent"), [EITHER], "status"),
     (
         Case(FRESH, Activate(generation=G, deadline_boottime_ns=NOW + 9, sync=RULE), "agent"),
-        [EITHER, RETIRING, *_repeats("fence"), UNTRUSTED, LATCHED, LATE, NOT_DURABLE],
+        [EITHER, RETIRING, *_repeats("fence"), UNTRUSTED, LATCHED, LATE, NO_VOTERS, NOT_DURABLE],
         BEGUN,
     ),
     (
@@ -458,7 +468,7 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
     ),
     (
         Case(LEADING, Renew(generation=G, deadline_boottime_ns=NOW + 90), "agent"),
-        [EITHER, RETIRING, NOT_ACTIVE, OVER, LATE],
+        [EITHER, RETIRING, NOT_ACTIVE, NEWER, OVER, LATE],
         "renewed: the later of the two deadlines, at most now + `lease_s`",
     ),
     (
