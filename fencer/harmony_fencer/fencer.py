@@ -335,14 +335,8 @@ class Fencer:
         self._order = record
         self._bell.ring()
         level = log.info if record.state == "done" else log.error
-        level(
-            "order ended",
-            op=record.op,
-            generation=str(record.generation),
-            state=record.state,
-            detail=record.detail,
-            took_ms=round(record.took_ms),
-        )
+        told = {"op": record.op, "generation": str(record.generation), "state": record.state}
+        level("order ended", **told, detail=record.detail, took_ms=round(record.took_ms))
 
         def ended(s: states.State) -> states.State:
             if s.highest != record.generation:

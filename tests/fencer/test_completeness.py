@@ -23,7 +23,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from harmony_fencer import processes, protocol
+from harmony_fencer import cgroup, processes, protocol
 from harmony_fencer.protocol import Generation
 from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns, memory_folder
 
@@ -188,14 +188,40 @@ def test_ordered_while_a_postmaster_begins(node: Node) -> None:
             assert not node.pids(), f"activate accepted {moment_ms} ms before: it came up after the proof"
 
 
+def replace_pg_ctl(node: Node, script: str) -> None:
+    """Another bin_dir, with the other programs as they are."""
+    bin_dir = node.top / "bin"
+    bin_dir.mkdir()
+    for program in node.template.postgres.bin_dir.iterdir():
+        (bin_dir / program.name).symlink_to(program)
+    (bin_dir / "pg_ctl").unlink()
+    (bin_dir / "pg_ctl").write_text(f"#!/bin/sh\n{script}\n")
+    (bin_dir / "pg_ctl").chmod(0o755)
+    node.configure(bin_dir=str(bin_dir))
+
+
+def test_what_a_start_has_forked_and_not_executed_yet(node: Node) -> None:
+    """I6, D7: a child of pg_ctl, a moment before it is PostgreSQL and could be known for it, ends with pg_ctl."""
+    real = node.template.postgres.bin_dir / "pg_ctl"
+    replace_pg_ctl(node, f'(touch {node.top}/s/forked; sleep 0.4; exec {real} "$@") & wait')
+    node.start()
+    assert isinstance(node.activate(1, 1), protocol.Accepted)
+    node.wait((node.top / "s" / "forked").exists, "pg_ctl has forked", 5)
+    proven(node, node.fence(1, 2))
+    until = time.monotonic() + 0.8
+    while time.monotonic() < until:
+        assert not node.pids(), "it came up after the proof"
+        time.sleep(0.01)
+
+
 @by_hand
 def test_a_postmaster_is_known_from_its_exec_on(node: Node) -> None:
     """I6: the kernel shows the new executable before it shows the arguments; there is no gap between."""
     wanted = processes.identity(str(node.data))
     assert wanted is not None
     postgres, seen = f"{node.template.postgres.bin_dir}/postgres", 0
-    options = ["-p", str(node.port), "-c", f"unix_socket_directories={node.top}/s"]
-    for number in range(100):
+    options, arguments = ["-p", str(node.port), "-c", f"unix_socket_directories={node.top}/s"], b""
+    for number in range(150):
         node.tidy()
         tell, variables = (["-D", str(node.data)], "") if number % 2 else ([], f"PGDATA={node.data} ")
         with subprocess.Popen(
@@ -213,10 +239,11 @@ def test_a_postmaster_is_known_from_its_exec_on(node: Node) -> None:
             with contextlib.suppress(FileNotFoundError):  # it has ended already: we did not get to run
                 while os.readlink(f"/proc/{process.pid}/exe").rpartition("/")[2] != "postgres":  # noqa: PTH115
                     pass
+                arguments = processes._arguments(process.pid, time.monotonic() + 1)
             known = processes.belongs(process.pid, wanted)
             lives = process.poll() is None
             process.kill()
-        assert known or not lives, number
+        assert (known and arguments) or not lives, number
         seen += lives
     assert seen > 50
 
@@ -450,7 +477,7 @@ def test_an_archive_command_that_hangs(node: Node, clean: bool) -> None:
     node.configure(lease_s=1.0)
     node.set_postgres(
         archive_mode="on",
-        archive_command=f'(sleep {orphan} &) ; sleep {first} & sh -c "sleep {second}; true"',
+        archive_command=f'(sleep {orphan} &) ; sleep {first} & sh -c "setsid sleep {second}; true"',
     )
     node.start()
     node.make_writable()
@@ -466,6 +493,40 @@ def test_an_archive_command_that_hangs(node: Node, clean: bool) -> None:
         assert time.monotonic() - begun <= FENCE_S + (left_s if clean else 0)
         proven(node, record, within_s=FENCE_S + (left_s if clean else 0))
         assert [r.name for r in record.rungs] == ["fast"] * clean + ["freeze", "kill"]
+
+
+@by_hand
+@pytest.mark.parametrize("by", ["another fencer", "the one-shot"])
+def test_an_earlier_fencers_cgroup(node: Node, by: str) -> None:
+    """I6: PostgreSQL was started in a cgroup elsewhere; what nothing but that cgroup still holds is gone too."""
+    number, mount = f"6{node.port}", cgroup.mount_point()
+    if mount is None:
+        pytest.skip("no cgroup v2")
+    elsewhere = cgroup.Cgroup(mount / f"hf-elsewhere-{node.port}")
+    node.set_postgres(archive_mode="on", archive_command=f"(setsid sleep {number} &) ; sleep 0.1; true")
+    node.start(inside=elsewhere.path)
+    try:
+        node.make_writable()
+        with none_left(number):
+            with node.connect() as c:
+                c.execute("CREATE TABLE t (x int)")
+                c.execute("SELECT pg_switch_wal()")
+            node.wait(lambda: helpers("sleep", number), "the helper runs", 5)
+            node.renew(1, 1)
+            node.kill_fencer()
+            if by == "another fencer":
+                node.start()
+                assert str(elsewhere) not in node.status().held_by
+                proven(node, node.fence(1, 2))
+            else:
+                done = subprocess.run(node.argv("--once", "test"), check=False, capture_output=True)
+                assert json.loads(done.stdout)["proven"] is True
+                assert not node.pids()
+    finally:
+        elsewhere.kill()
+        node.wait(lambda: not elsewhere.populated(), "all in it are dead", 5)
+        for path in (*elsewhere._beneath(), elsewhere.path):
+            path.rmdir()
 
 
 @pytest.mark.parametrize("clean", [False, True])
@@ -612,20 +673,12 @@ def test_what_is_said_of_a_process_that_cannot_be_killed(node: Node) -> None:
 )
 def test_a_start_that_hangs_and_cannot_be_killed_holds_up_no_fence(node: Node) -> None:
     """I6, D7: pg_ctl waits for a disk (state D); the fence is carried out and reported all the same."""
-    box, bin_dir = FREEZER / f"hf-{node.port}", node.top / "bin"
+    box = FREEZER / f"hf-{node.port}"
     box.mkdir()
     if node.template.user is not None:
         shutil.chown(box / "tasks", node.template.user)
         shutil.chown(box / "freezer.state", node.template.user)
-    bin_dir.mkdir()
-    for program in node.template.postgres.bin_dir.iterdir():
-        (bin_dir / program.name).symlink_to(program)
-    (bin_dir / "pg_ctl").unlink()
-    (bin_dir / "pg_ctl").write_text(
-        f"#!/bin/sh\necho $$ > {box}/tasks\necho FROZEN > {box}/freezer.state\nsleep 9\n"
-    )
-    (bin_dir / "pg_ctl").chmod(0o755)
-    node.configure(bin_dir=str(bin_dir))
+    replace_pg_ctl(node, f"echo $$ > {box}/tasks\necho FROZEN > {box}/freezer.state\nsleep 9")
     try:
         node.start()
         assert isinstance(node.activate(1, 1), protocol.Accepted)
@@ -643,6 +696,22 @@ def test_a_start_that_hangs_and_cannot_be_killed_holds_up_no_fence(node: Node) -
         (box / "freezer.state").write_text("THAWED")
         node.wait(lambda: not (box / "tasks").read_text(), "its tasks are gone", 12)
         box.rmdir()
+
+
+@by_hand
+def test_nobody_is_signalled_unverified(node: Node, neighbour: tuple[Node, Writer]) -> None:
+    """I6: a pid may pass to another program between the look and the signal: another cluster's, or anybody's."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as bystander:
+        try:
+            others = [bystander.pid, *neighbour[0].pids()]
+            pinned = processes.Pinned()
+            assert pinned.catch(str(node.data), others) == []
+            assert pinned.send(signal.SIGSTOP) == 0
+            for pid in others:
+                assert not processes.send(pid, signal.SIGSTOP, str(node.data))
+                assert processes._stat(pid)[0] != "T"
+        finally:
+            bystander.kill()
 
 
 @pytest.mark.skipif(not Path("/proc/sys/kernel/ns_last_pid").exists(), reason="needs to choose the next pid")

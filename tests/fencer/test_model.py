@@ -423,6 +423,8 @@ class Bench:
         if reply.error == "retiring" or not ticket.alone or not healthy:
             return []
         match r:
+            case Activate() | Fence() | Follow() if r == k.request:
+                return ["a repeat is answered with the outcome"]
             case OperatorFence():
                 return ["refused an operator's fence"]
             case Fence() if r.generation > k.highest:
