@@ -77,6 +77,14 @@ async def test_a_rename_that_hangs_is_named_and_not_overtaken(tmp_path: Path) ->
     disk.go_on.set()
 
 
+def stat_of(path: Path) -> os.stat_result:
+    return path.stat()
+
+
+def link(to: Path, path: Path) -> None:
+    path.symlink_to(to)
+
+
 def open_folders(top: Path) -> tuple[Path, Path]:
     """One that belongs to nobody, and one that only root may enter."""
     for folder in [top, *top.parents[:2]]:
@@ -94,9 +102,9 @@ async def test_written_as_the_owner_and_through_no_symlink(tmp_path: Path) -> No
     data, secret = open_folders(tmp_path)
     files = Files(NOBODY)
     await files.change(lambda change: change.write(data / "x", b"1"))
-    found = os.stat(data / "x")
+    found = stat_of(data / "x")
     assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (*NOBODY, 0o600)
-    os.symlink(secret, data / "folder")
+    link(secret, data / "folder")
     with pytest.raises(PermissionError):
         await files.change(lambda change: change.write(data / "folder" / "x", b"1"))
     assert not os.listdir(secret)
