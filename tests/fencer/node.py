@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pwd
-import pwd
 import shutil
 import signal
 import socket
@@ -168,9 +167,14 @@ class Node:
     def argv(self, *more: str) -> list[str]:
         return [sys.executable, "-I", "-m", "harmony_fencer", "--config", str(self.config), *more]
 
-    def start(self) -> None:
+    def start(self, inside: Path | None = None) -> None:
+        """A fencer, in the cgroup `inside` (made where it is missing); it answers when this returns."""
+        argv = self.argv()
+        if inside is not None:
+            inside.mkdir(exist_ok=True)
+            argv = ["/bin/sh", "-c", 'echo 0 > "$0" && exec "$@"', f"{inside}/cgroup.procs", *argv]
         with (self.top / "fencer.log").open("ab") as log:
-            self.process = subprocess.Popen(self.argv(), stderr=log, stdin=subprocess.DEVNULL, cwd="/")
+            self.process = subprocess.Popen(argv, stderr=log, stdin=subprocess.DEVNULL, cwd="/")
         self.wait(lambda: (self.run / "fencer.sock").exists() and self._answers(), "the fencer answers")
 
     def _answers(self) -> bool:
