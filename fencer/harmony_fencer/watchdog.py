@@ -172,7 +172,7 @@ def _explain(path: str, error: OSError) -> tuple[str, str]:
     """Why the device could not be opened, and what to do."""
     cause = error.strerror or str(error)
     if error.errno == errno.EBUSY:
-        found = holders(path)
+        found = holders(path, HOLDERS_S)
         what = "stop that program: only one can have it"
         if any(name.startswith("systemd ") for name in found):
             what = "set RuntimeWatchdogSec=0 in /etc/systemd/system.conf and reboot"
@@ -182,12 +182,12 @@ def _explain(path: str, error: OSError) -> tuple[str, str]:
     return cause, "load its driver (such as iTCO_wdt, sp5100_tco, ipmi_watchdog), or name another device"
 
 
-def holders(path: str) -> list[str]:
+def holders(path: str, within_s: float = 60.0) -> list[str]:
     """Who has the device open, as "name (pid n)", as far as /proc lets us see."""
     first = {"/dev/watchdog", "/dev/watchdog0"}  # one device under two names
     names = first if path in first else {path}
     found = set[str]()
-    until = time.monotonic() + HOLDERS_S
+    until = time.monotonic() + within_s
     for link in glob.iglob("/proc/[0-9]*/fd/*"):  # noqa: PTH207 (Path.glob raises where a process ends)
         if time.monotonic() > until:
             break  # systemd, the likeliest, is pid 1 and comes first
