@@ -392,6 +392,19 @@ class Node:
         for process in self.hands:
             process.kill()
             process.wait()
-        made, _ = cgroup.make(str(self.data))
-        if made is not None:
-            made.remove()
+        self._remove_cgroup()
+
+    def _remove_cgroup(self) -> None:
+        """The one that a fencer made for the data directory as fencer.json names it; what is in it is killed."""
+        mount, mine = cgroup.mount_point(), cgroup.path_of("self")
+        if mount is None or mine is None:
+            return
+        data_dir = str(json.loads(self.config.read_text())["data_dir"])
+        path = mount / mine.lstrip("/") / cgroup.name_for(data_dir)
+        until = time.monotonic() + 10
+        while path.exists() and time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                (path / "cgroup.kill").write_text("1")
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            time.sleep(0.005)
