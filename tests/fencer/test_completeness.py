@@ -41,6 +41,7 @@ def neighbour(template: Template) -> Iterator[tuple[Node, Writer]]:
     top = Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder()))
     top.chmod(0o755)
     other = Node(top, template)
+    other.set_postgres(autovacuum="off")  # its workers end by themselves
     try:
         other.hand()
         other.wait(other.writable, "the neighbour runs")
