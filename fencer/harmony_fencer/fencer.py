@@ -79,6 +79,8 @@ class Fencer:
         self._may_write = order is not None and (order.op == "activate" or order.state != "done")
         self._rearm = trio.Event()
         self._bell = Bell()
+        self._clean_until_ns = 0
+        self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
 
@@ -92,12 +94,11 @@ class Fencer:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
             await self._carry_on()
         elif self._ledger.untrusted:
-            log.error("untrusted state", why=self._ledger.untrusted)
-            await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted[:200])
+            await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted)
         elif pids and (self.could_write or not self._running or await self._engine.in_production()):
             await self.fence_by_itself("at start: PostgreSQL could write and there is no valid lease")
         elif not pids:
-            await self._mark_standby()
+            await self.mark_standby()
         if order is not None and order.state == "running":
             self._order = msgspec.structs.replace(order, state="preempted", detail="the fencer restarted")
         nursery.start_soon(self._learn)
@@ -127,15 +128,17 @@ class Fencer:
             and lease.generation == order.generation == self._ledger.state.highest
         )
 
-    async def _mark_standby(self) -> None:
-        """What is down must start as a standby, whoever starts it."""
+    async def mark_standby(self) -> None:
+        """What is down must start as a standby, whoever starts it. One that began meanwhile may not have seen it."""
         try:
-            with trio.move_on_after(1.0):
+            with trio.move_on_after(1.0) as scope:
                 await self._engine.mark_standby()
-                return
-            log.error("standby.signal could not be written in time: is the disk hung?")
+            if scope.cancelled_caught:
+                log.error("standby.signal could not be written in time: is the disk hung?")
         except OSError as e:
             log.error("standby.signal could not be written", why=str(e))
+        if not self.busy and self._look()[0]:
+            await self.fence_by_itself("PostgreSQL was started while it was being marked as a standby")
 
     async def _learn(self) -> None:
         """Not before the guard runs: pg_controldata may wait for a hung disk."""
@@ -207,6 +210,10 @@ class Fencer:
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
             return verdict if isinstance(verdict, Refusal) else self.status()
+        verdict = admit(self._facts(), request, peer, self._clock.now_ns())
+        is_fence = isinstance(request, Fence | OperatorFence) and isinstance(verdict, NewOrder)
+        if is_fence and self._patience is not None:
+            self._patience.cancel()  # no fence waits for the disk of another order
         async with self._accepting:
             verdict = admit(self._facts(), request, peer, self._clock.now_ns())
             match verdict:
@@ -243,8 +250,7 @@ class Fencer:
         if isinstance(verdict, Refusal):
             log.seldom("renewal refused", error=verdict.error, detail=verdict.detail)
             return verdict
-        if not isinstance(verdict, Extend):
-            raise AssertionError(f"a renewal was admitted as {verdict}")
+        assert isinstance(verdict, Extend), verdict  # noqa: S101 (for the type checker)
         clamped = leases.clamp(verdict.deadline_ns, now_ns, self._c.lease_ns)
         self._deadline_ns = max(self._deadline_ns, clamped)
         self._save_lease()
@@ -258,32 +264,22 @@ class Fencer:
     async def _accept(self, verdict: NewOrder, request: Request) -> Reply:
         record = OrderRecord(verdict.generation, verdict.op, verdict.primary, "running")
         is_fence = isinstance(request, Fence | OperatorFence)
-
-        def newest(s: states.State) -> states.State:
-            return msgspec.structs.replace(s, highest=verdict.generation, order=record)
-
+        if is_fence and not getattr(request, "clean", False):
+            self._engine.halt()  # before anything else: writes end here, no disk is waited for
+        latch = None
+        if isinstance(request, OperatorFence):
+            latch = Latch(request.reason, request.who, self._utc_now())
+        self._patience = None if is_fence else trio.move_on_after(UNHURRIED_S)
         with trio.CancelScope(shield=True):
-            try:
-                if isinstance(request, OperatorFence):
-                    await self._ledger.set_latch(Latch(request.reason, request.who, self._utc_now()))
-                await self._ledger.persist(newest, patience_s=None if is_fence else UNHURRIED_S)
-            except OSError as e:
-                if not is_fence:
-                    log.error("the state could not be made durable; order refused", why=str(e))
-                    return Refusal("storage_failed", f"{self._c.state_dir}: {e}", self._ledger.state.highest)
-                # A fence is never refused for a broken disk; until it is repaired nothing is activated.
-                self._ledger.distrust(str(e))
-                self._ledger.state = newest(self._ledger.state)
-                log.error("the state could not be made durable; fencing all the same", why=str(e))
-            self._ledger.testify()
+            refused = await self._ledger.accept(record, latch, self._patience)
+        if refused:
+            return Refusal("storage_failed", refused, self._ledger.state.highest)
         if self._retiring and not is_fence:
             return Refusal("retiring", "the fencer ends", self._ledger.state.highest)
         why, number = getattr(request, "reason", ""), str(verdict.generation)
         log.info("accepted", op=verdict.op, generation=number, primary=verdict.primary, reason=why)
-        now_ns, share_s = self._clock.now_ns(), self._c.fence_timeout_s * CLEAN_SHARE
-        clean_until_ns = max(self._deadline_ns, now_ns + round(share_s * NS))
-        if is_fence and not getattr(request, "clean", False):
-            self._engine.halt()  # before anything else: writes end here
+        now_ns = self._clock.now_ns()
+        clean_until_ns = self._clean_until(now_ns)
         while self._effects.busy:  # also a fence of its own that the guard began meanwhile
             await self._effects.end()
         self._order, self._fence_proven = record, False
@@ -301,6 +297,14 @@ class Fencer:
                 until_ns = clean_until_ns if getattr(request, "clean", False) else 0
                 self._begin(lambda: self._fence(record, until_ns))
         return Accepted(record)
+
+    def _clean_until(self, now_ns: int) -> int:
+        """How long a planned demotion that begins now may take. What could write and has no lease any more gets
+        no more time than the first one had: no agent can buy time with one order after another."""
+        if self._active is not None or not self.could_write:
+            share_ns = round(self._c.fence_timeout_s * CLEAN_SHARE * NS)
+            self._clean_until_ns = max(self._deadline_ns, now_ns + share_ns)
+        return self._clean_until_ns
 
     async def _unfence(self, request: Unfence) -> Reply:
         try:
@@ -332,8 +336,6 @@ class Fencer:
     async def _finish(self, record: OrderRecord, began_ns: int) -> None:
         record = msgspec.structs.replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
         following = record.primary if record.op == "follow" and record.state == "done" else None
-        self._order = record
-        self._bell.ring()
         level = log.info if record.state == "done" else log.error
         told = {"op": record.op, "generation": str(record.generation), "state": record.state}
         level("order ended", **told, detail=record.detail, took_ms=round(record.took_ms))
@@ -348,8 +350,11 @@ class Fencer:
         except OSError as e:  # the generation is durable; only its outcome is not
             log.warning("the outcome could not be recorded", why=str(e))
             self._ledger.state = ended(self._ledger.state)
+        self._order = record  # told when it is durable: it is the same after a restart
+        self._bell.ring()
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
+        self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
         self._fence_proven = outcome.proven
         self._may_write = self._may_write and not outcome.proven
@@ -391,8 +396,10 @@ class Fencer:
             else:
                 await self._engine.reload()
             if self._engine.is_standby():  # else writable already, under the lease before this one
-                if self._clock.now_ns() >= self._deadline_ns:
-                    raise PostgresError("the lease was over before the promotion")
+                if self._clock.now_ns() >= self._deadline_ns or self._ledger.latched:
+                    raise PostgresError(
+                        "before the promotion the lease was over, or an operator fenced this node"
+                    )
                 await self._engine.promote()
             timeline = self._engine.timeline()
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
@@ -408,7 +415,7 @@ class Fencer:
         began = self._clock.now_ns()
         try:
             running = self._engine.postmaster() is not None
-            if self._engine.pids() and (self.could_write or not running):
+            if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):
                 await self._must_be_gone(clean_until_ns)
                 running = False
             self.watchdog.disarm()

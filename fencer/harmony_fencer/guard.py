@@ -75,12 +75,8 @@ async def _while_down(fencer: Fencer) -> None:
         waited += WATCH_S
         if waited >= MARK_AGAIN_S and not fencer.busy and engine.initialised() and not engine.is_standby():
             waited = 0.0
-            try:
-                with trio.move_on_after(MARK_AGAIN_S):
-                    await engine.mark_standby()
-                    log.warning("standby.signal was missing and is written again")
-            except OSError as e:
-                log.error("standby.signal is missing and cannot be written", why=str(e))
+            log.warning("standby.signal is missing: writing it again")
+            await fencer.mark_standby()
 
 
 async def pet(fencer: Fencer, clock: Clock, interval_s: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import trio
 
 from harmony_fencer import lease as leases
@@ -16,7 +17,7 @@ from harmony_fencer import state as states
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import REAL, Disk, in_thread
 from harmony_fencer.log import log
-from harmony_fencer.protocol import Generation, Latch
+from harmony_fencer.protocol import Generation, Latch, OrderRecord
 
 UNHURRIED_S = 5.0  # how long an activate or follow waits for the disk of its generation
 PATIENCE_SHARE = 0.25  # of fence_timeout: how long a disk may take before it counts as broken
@@ -45,14 +46,14 @@ class Ledger:
     # ------------------------------------------------------------ the state
 
     async def persist(
-        self, change: Callable[[states.State], states.State], *, patience_s: float | None = None
+        self, change: Callable[[states.State], states.State], patience: trio.CancelScope | None = None
     ) -> None:
         """Durable first, then in memory, one writer at a time, each change made on the newest state.
 
-        Raises OSError, also when the disk does not answer within `patience_s` (by default as long as a fence
+        Raises OSError, also when the disk does not answer within `patience` (by default as long as a fence
         may wait for it). Its write may land later, but never after a newer one.
         """
-        with trio.move_on_after(self._patience_s if patience_s is None else patience_s):
+        with patience or trio.move_on_after(self._patience_s):
             async with self._changing:
                 new = change(self.state)
                 if not self.untrusted:  # else there is nothing on disk to keep right
@@ -60,6 +61,32 @@ class Ledger:
                 self.state = new
                 return
         raise TimeoutError(f"the disk of {self._folder} did not answer in time")
+
+    async def accept(
+        self, record: OrderRecord, latch: Latch | None, patience: trio.CancelScope | None
+    ) -> str:
+        """Make a new order, its generation and its latch durable: "", or why the order is refused.
+
+        A fence (`patience` None) is never refused for a broken disk: it is remembered in memory and by its
+        witness, and nothing is activated until a restart has found the disk repaired.
+        """
+
+        def newest(s: states.State) -> states.State:
+            return msgspec.structs.replace(s, highest=record.generation, order=record)
+
+        try:
+            if latch is not None:
+                await self.set_latch(latch)
+            await self.persist(newest, patience)
+        except OSError as e:
+            if patience is not None:
+                log.error("the state could not be made durable; order refused", why=str(e))
+                return f"{self._folder}: {e}"
+            self.distrust(str(e))
+            self.state = newest(self.state)
+            log.error("the state could not be made durable; fencing all the same", why=str(e))
+        self.testify()
+        return ""
 
     def distrust(self, why: str) -> None:
         """From here on fences only, until a restart."""

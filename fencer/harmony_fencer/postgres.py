@@ -138,6 +138,12 @@ class Postgres:
 
     async def start(self) -> None:
         await self.mark_standby()
+        if self.pids():  # somebody else's, begun before the mark was there: it may not have seen it
+            outcome = await self.stop()
+            if not outcome.proven:
+                raise PostgresError(
+                    f"somebody else started it, and it could not be stopped: {outcome.detail}"
+                )
         stale = await self._files.change(
             lambda _: self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
         )

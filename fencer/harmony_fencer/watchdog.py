@@ -39,7 +39,7 @@ WDIOS_DISABLECARD = 0x0001
 INFO = struct.Struct("II32s")  # struct watchdog_info: options, firmware version, identity
 INT = struct.Struct("i")
 ANOTHER = "use another watchdog"
-HOLDERS_S = 0.02  # this runs in the event loop
+HOLDERS_S = 0.15  # this runs in the event loop
 
 
 class WatchdogError(Exception):

@@ -879,9 +879,6 @@ def test_a_latch_says_who_when_and_why_and_outlives_everything(node: Node) -> No
     node.make_writable(9, 2)
 
 
-@pytest.mark.xfail(
-    reason="Fencer._activate must look for the latch again before it starts and before it promotes"
-)
 @by_hand
 def test_the_one_shot_latches_beside_a_fencer_that_hangs_in_an_activate(node: Node) -> None:
     """I1: once it has been told "proven, latched", the operator relies on it; the hung one may wake any time."""

@@ -743,9 +743,6 @@ def test_the_dead_mans_switch_does_not_wait_for_a_hung_disk(node: Node) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.xfail(
-    reason="Fencer.handle: the fence waits for the lock that the activate holds for UNHURRIED_S"
-)
 def test_a_fence_does_not_wait_for_an_activate_that_hangs(node: Node) -> None:
     """I6, W5: whoever orders a fence does not wait behind an activate whose generation the disk does not take."""
     node.start()
