@@ -129,7 +129,7 @@ class Fencer:
         )
 
     async def mark_standby(self) -> None:
-        """What is down must start as a standby, whoever starts it. One that began meanwhile may not have seen it."""
+        """What is down must start as a standby. One that began meanwhile may not have seen the mark."""
         try:
             with trio.move_on_after(1.0) as scope:
                 await self._engine.mark_standby()
@@ -146,10 +146,7 @@ class Fencer:
         self._bell.ring()
 
     async def shut_down(self) -> None:
-        """End what could write: a fence with proof, clean while the lease lasts; a standby is left running.
-
-        An order that was being accepted when this began is refused, or ended here.
-        """
+        """End what could write, cleanly while the lease lasts; a standby is left running. Orders end here, too."""
         self._retiring = True
         async with self._accepting:
             while self._active is not None or (self._look()[0] and self.could_write):
@@ -278,8 +275,7 @@ class Fencer:
             return Refusal("retiring", "the fencer ends", self._ledger.state.highest)
         why, number = getattr(request, "reason", ""), str(verdict.generation)
         log.info("accepted", op=verdict.op, generation=number, primary=verdict.primary, reason=why)
-        now_ns = self._clock.now_ns()
-        clean_until_ns = self._clean_until(now_ns)
+        clean_until_ns = self._clean_until(now_ns := self._clock.now_ns())
         while self._effects.busy:  # also a fence of its own that the guard began meanwhile
             await self._effects.end()
         self._order, self._fence_proven = record, False
@@ -468,8 +464,8 @@ class Fencer:
 
     def brief(self) -> str:
         """For the supervisor's status line. Looks at nothing: it goes with every answer to a ping."""
-        words = "running" if self._running else "down", "leased" if self._active is not None else "no lease"
-        return f"postgres {words[0]}, generation {self._ledger.state.highest}, {words[1]}"
+        up, lease = "running" if self._running else "down", "leased" if self._active else "no lease"
+        return f"postgres {up}, generation {self._ledger.state.highest}, {lease}"
 
     def status(self) -> Status:
         """Everything, as of now."""
