@@ -255,16 +255,20 @@ class Bench:
         """What died with an unanswered request may have been accepted or not: both are right."""
         assert self.fencer is not None
         status = self.fencer.status()
-        k = self.known
-        if status.trusted and status.highest > k.highest:
-            may = {r.generation for r in self.lost if isinstance(r, Activate | Fence | Follow)}
-            may |= {Generation(g.term, g.order + 1) for g in (*may, k.highest) if self._lost_operators()}
-            if status.highest not in may or status.order is None:
-                self.problems.append(f"I3: {status.highest} is on disk and nobody sent it: {may}")
+        k, order = self.known, status.order
+        if status.trusted and order is not None and (order.op, order.primary) != k.newest:
+            same = [r for r in self.lost if self._is_order(r, order)]
+            if order.generation < k.highest or not same:
+                self.problems.append(f"I3: {order} is on disk, not {k.highest} {k.newest}; {self.lost}")
             else:
-                k.highest, k.newest = status.highest, (status.order.op, status.order.primary)
-                k.request = next((r for r in self.lost if getattr(r, "generation", 0) == k.highest), None)
+                k.highest, k.newest, k.request = order.generation, (order.op, order.primary), same[0]
                 k.deadline_ns, k.fenced = None, False
+        elif status.trusted and status.highest > k.highest:
+            same = [r for r in self.lost if order is not None and self._is_order(r, order)]
+            k.highest, k.deadline_ns, k.fenced = status.highest, None, False
+            k.request = same[0] if same else None
+            if not same:
+                self.problems.append(f"I3: {status.highest} is on disk and nobody sent it: {self.lost}")
         if self.lost or not k.latch_on_disk:
             k.latched = k.latch_on_disk = status.latch is not None
         k.untrusted = not status.trusted
@@ -272,8 +276,19 @@ class Bench:
             k.on_disk, k.newest_on_disk = k.highest, k.newest
             self.lost.clear()
 
-    def _lost_operators(self) -> bool:
-        return any(isinstance(r, OperatorFence) for r in self.lost)
+    @staticmethod
+    def _is_order(r: Request, order: OrderRecord) -> bool:
+        match r:
+            case OperatorFence():
+                return order.op == "operator_fence"
+            case Activate() | Fence() | Follow():
+                op = type(r).__name__.lower()
+                return (r.generation, op, getattr(r, "primary", None)) == (
+                    order.generation,
+                    order.op,
+                    order.primary,
+                )
+        return False
 
     # ------------------------------------------------------------ requests
 
@@ -827,10 +842,6 @@ def bench() -> Iterator[Bench]:
     made.let_all()
     yield made
     made.close()
-
-
-def hole(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(name in HOLES, reason=name)
 
 
 def made_writable(b: Bench, term: int = 1) -> None:

@@ -60,6 +60,12 @@ class Server:
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+        while number == signal.SIGSTOP and self._state() != "T":
+            time.sleep(0.001)  # a stop takes effect when each thread has seen it
+
+    def _state(self) -> str:
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def stop(self) -> None:
         if self.process is not None:
