@@ -6,6 +6,7 @@ The fencer and its dead-man's switch are the real ones; PostgreSQL, the clock an
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import trio.testing
 from harmony_fencer import state as states
 from harmony_fencer.admit import Facts, admit
 from harmony_fencer.fencer import Fencer, Parts
-from harmony_fencer.files import Files
+from harmony_fencer.files import Change, Files
 from harmony_fencer.guard import guard, watch
 from harmony_fencer.ledger import Ledger
 from harmony_fencer.programs import PostgresError
@@ -70,9 +71,13 @@ class Bench:
             nursery.start_soon(guard, self.fencer, self.clock)
             await self.fencer.start(nursery)
             nursery.start_soon(watch, self.fencer)
-            with trio.fail_after(20):
-                yield self.fencer
-            nursery.cancel_scope.cancel()
+            try:
+                with trio.fail_after(20):
+                    yield self.fencer
+            finally:
+                self.disk.kill()
+                self.all_by_itself()
+                nursery.cancel_scope.cancel()
 
     def send(self, request: Request) -> None:
         """Without waiting for its reply."""
@@ -368,20 +373,45 @@ async def test_a_postmaster_that_cannot_be_looked_at_is_not_said_to_be_down(tmp_
 # ---------------------------------------------------------------- files
 
 
+class LateAtFirst:
+    """A lock whose first caller does not get to run until it is told to."""
+
+    def __init__(self) -> None:
+        self.lock, self.go_on, self.late, self.calls = (
+            threading.Lock(),
+            threading.Event(),
+            threading.Event(),
+            0,
+        )
+
+    def acquire(self, timeout: float) -> bool:
+        self.calls += 1
+        if self.calls == 1:
+            self.late.set()
+            self.go_on.wait(10)
+        return self.lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self.lock.release()
+
+
 async def test_changes_are_numbered_in_the_order_of_their_calls(tmp_path: Path) -> None:
-    """D7: two threads wait for a rename that hangs; whichever runs first, the newer order's content stays."""
-    path = tmp_path / "conf"
-    for _ in range(ROUNDS):
-        files = Files(None)
-        with files._lock:
-            with trio.move_on_after(0.03):
-                await files.change(lambda change: change.write(path, b"older"))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(files.change, lambda change: change.write(path, b"newer"))
-                await trio.sleep(0.03)
-                files._lock.release()
-                await until(lambda: path.exists() and path.read_bytes() == b"newer")
-            await trio.sleep(0.02)  # the older thread, should it come now
-            files._lock.acquire()
-        assert path.read_bytes() == b"newer"
-        path.unlink()
+    """D7: an older order's thread that gets to run after the newer one's has written changes nothing."""
+    path, files, lock = tmp_path / "conf", Files(None), LateAtFirst()
+    files._lock = lock  # type: ignore[assignment]
+    ended = threading.Event()
+
+    def older(change: Change) -> None:
+        try:
+            change.write(path, b"older")
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(files.change, older)
+        await until(lock.late.is_set)
+        nursery.cancel_scope.cancel()
+    await files.change(lambda change: change.write(path, b"newer"))
+    lock.go_on.set()
+    await until(ended.is_set)
+    assert path.read_bytes() == b"newer"
