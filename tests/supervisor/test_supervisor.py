@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,117 @@ async def test_an_unproven_emergency_fence_is_tried_again(tmp_path: Path) -> Non
     run = Run(tmp_path, fencer="dies", emergency=1)
     tries = tmp_path / "once"
     assert await run.run_until(lambda: tries.exists() and len(tries.read_text()) >= 2) == 0
+
+
+async def test_a_fencer_that_refuses_its_configuration_is_fenced_for_before_the_end(tmp_path: Path) -> None:
+    """W9, O1: nobody guards PostgreSQL when everything stops: 78 comes after the one-shot's proof."""
+    run = Run(tmp_path, fencer="config")
+    with trio.fail_after(20):
+        assert await run.supervisor.run() == 78
+    assert (tmp_path / "once").exists()
+
+
+async def test_without_that_proof_it_does_not_end(tmp_path: Path) -> None:
+    """I6: it tries again and again, until it is asked to stop."""
+    run = Run(tmp_path, fencer="config", emergency=1)
+    tries = tmp_path / "once"
+    assert await run.run_until(lambda: tries.exists() and len(tries.read_text()) >= 2) == 0
+
+
+async def test_a_fencer_that_cannot_be_started_leads_to_the_emergency_fence(tmp_path: Path) -> None:
+    """W9: no process, descriptor or memory is left for it: as if it had died."""
+    run = Run(tmp_path)
+    fencer = run.supervisor.fencer
+    fencer.spec = replace(fencer.spec, argv=["/nonexistent/fencer"])
+    with trio.fail_after(20):
+        assert await run.supervisor.run() == 1
+    assert (tmp_path / "once").exists()
+
+
+async def test_an_agent_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    """W9: the fencer stays, and is not fenced for."""
+    run = Run(tmp_path)
+    agent, argv = run.supervisor.agent, run.supervisor.agent.spec.argv
+    agent.spec = replace(agent.spec, argv=["/nonexistent/agent"])
+
+    def repaired() -> bool:
+        if agent.starts == 4:
+            agent.spec = replace(agent.spec, argv=argv)
+        return run.ready()
+
+    assert await run.run_until(repaired) == 0
+    assert not (tmp_path / "once").exists()
+    assert len([n for n in run.notes("fencer") if n[0] == "start"]) == 1
+
+
+async def test_an_emergency_fence_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None:
+    """W9: the supervisor does not end by it; once it can be run, it is."""
+    run = Run(tmp_path, fencer="dies")
+    once = list(run.supervisor._emergency)
+    run.supervisor._emergency = ["/nonexistent/once"]
+
+    async def repair() -> None:
+        await trio.sleep(1.5)
+        assert not (tmp_path / "once").exists()
+        run.supervisor._emergency = once
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(repair)
+        with trio.fail_after(20):
+            assert await run.supervisor.run() == 1
+    assert (tmp_path / "once").exists()
+
+
+class Unkillable:
+    """A process can be made to wait in the kernel, where SIGKILL does not end it (as in state D for a hung disk):
+    by cgroup v1's freezer."""
+
+    def __init__(self) -> None:
+        self._group = Path(f"/sys/fs/cgroup/freezer/harmony-test-{os.getpid()}")
+        try:
+            self._group.mkdir()
+        except OSError as e:
+            pytest.skip(f"needs cgroup v1's freezer: {e}")
+
+    def __enter__(self) -> Unkillable:
+        return self
+
+    def freeze(self, pid: int) -> None:
+        (self._group / "cgroup.procs").write_text(str(pid))
+        (self._group / "freezer.state").write_text("FROZEN")
+
+    def thaw(self) -> None:
+        (self._group / "freezer.state").write_text("THAWED")
+
+    def __exit__(self, *_: object) -> None:
+        self.thaw()
+        until = time.monotonic() + 5
+        while time.monotonic() < until and (self._group / "cgroup.procs").read_text():
+            time.sleep(0.01)
+        self._group.rmdir()
+
+
+async def test_a_fencer_that_is_killed_and_does_not_die_is_fenced_for(tmp_path: Path) -> None:
+    """W9: it hangs in the kernel with the lease: the one-shot fences beside it, again and again, and the
+    supervisor does not end (a new one's fencer would wait for the lock). When it dies it is replaced."""
+    run, tries = Run(tmp_path), tmp_path / "once"
+    with Unkillable() as hung:
+        phases = iter(["hang", "fenced", "replaced"])
+        phase = next(phases)
+
+        def through_it_all() -> bool:
+            nonlocal phase
+            stuck = run.supervisor.fencer.stuck
+            if phase == "hang" and run.ready():
+                hung.freeze(run.notes("fencer")[0][1])
+                phase = next(phases)
+            elif phase == "fenced" and stuck and tries.exists() and len(tries.read_text()) >= 2:
+                hung.thaw()
+                phase = next(phases)
+            starts = [n for n in run.notes("fencer") if n[0] == "start"]
+            return phase == "replaced" and len(starts) == 2 and run.ready() and not stuck
+
+        assert await run.run_until(through_it_all) == 0
 
 
 async def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
