@@ -261,7 +261,8 @@ class Fencer:
     async def _accept(self, verdict: NewOrder, request: Request) -> Reply:
         record = OrderRecord(verdict.generation, verdict.op, verdict.primary, "running")
         is_fence = isinstance(request, Fence | OperatorFence)
-        if is_fence and not getattr(request, "clean", False):
+        urgent = is_fence and not getattr(request, "clean", False)
+        if urgent:
             self._engine.halt()  # before anything else: writes end here, no disk is waited for
         latch = None
         if isinstance(request, OperatorFence):
@@ -273,11 +274,13 @@ class Fencer:
             return Refusal("storage_failed", refused, self._ledger.state.highest)
         if self._retiring and not is_fence:
             return Refusal("retiring", "the fencer ends", self._ledger.state.highest)
-        why, number = getattr(request, "reason", ""), str(verdict.generation)
-        log.info("accepted", op=verdict.op, generation=number, primary=verdict.primary, reason=why)
+        told = {"generation": str(verdict.generation), "reason": getattr(request, "reason", "")}
+        log.info("accepted", op=verdict.op, primary=verdict.primary, **told)
         clean_until_ns = self._clean_until(now_ns := self._clock.now_ns())
         while self._effects.busy:  # also a fence of its own that the guard began meanwhile
             await self._effects.end()
+        if urgent:
+            self._engine.halt()  # what an older activate has started meanwhile
         self._order, self._fence_proven = record, False
         match request:
             case Activate():
@@ -469,8 +472,7 @@ class Fencer:
 
     def status(self) -> Status:
         """Everything, as of now."""
-        standby = self._engine.is_standby()
-        running = self._running
+        standby, running = self._engine.is_standby(), self._running
         return Status(
             v=VERSION,
             node=self._c.node,

@@ -282,5 +282,7 @@ def test_harmony_comes_back_around_a_postgresql_that_runs_on(hard_host: HarmonyH
         if unfenced and attempt > 1:
             break
     if not unfenced and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
-        pytest.skip(f"this machine is starved (load {os.getloadavg()[0]:.1f}): a takeover within the lease is not due")
+        pytest.skip(
+            f"this machine is starved (load {os.getloadavg()[0]:.1f}): a takeover within the lease is not due"
+        )
     assert unfenced, host.journal("harmony", 200)
