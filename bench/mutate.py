@@ -6,6 +6,7 @@ python bench/mutate.py        (exit code 1: a broken rule that no test noticed)
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,19 +16,21 @@ from pathlib import Path
 
 TOP = Path(__file__).parents[1]
 FENCER, CORE = "fencer/harmony_fencer", "harmony/core"
+MODEL, STORIES = "tests/fencer/test_model.py", "tests/fencer/test_model.py -k 'not Interleaving'"
+CRASH = "tests/fencer/test_crash.py"
 # rule, file, what stands there, what is put there instead, the tests that should notice
 RULES = [
-    ("lease: the guard", f"{FENCER}/fencer.py", 'await self._fence_by_itself("the lease is over")',
-     "self._drop_lease()", "tests/fencer/test_process.py -k end_of_the_lease"),
+    ("lease: the guard", f"{FENCER}/guard.py", 'await fencer.fence_by_itself("the lease is over")',
+     "fencer._drop_lease()", "tests/fencer/test_process.py -k end_of_the_lease"),
     ("lease: activate's deadline", f"{FENCER}/admit.py",
      "if isinstance(r, Activate) and r.deadline_boottime_ns <= now_ns:", "if False:", "tests/fencer/test_admit.py"),
     ("lease: never revived", f"{FENCER}/admit.py", "if now_ns >= f.lease_deadline_ns:", "if False:",
      "tests/fencer/test_admit.py"),
     ("generation: stale orders", f"{FENCER}/admit.py", "if g <= f.highest:", "if False:",
      "tests/fencer/test_admit.py"),
-    ("generation: renewals", f"{FENCER}/admit.py", "if f.active is None or r.generation != f.active:",
-     "if f.active is None:", "tests/fencer/test_admit.py"),
-    ("generation: checksum of the state", f"{FENCER}/state.py", "if not right:", "if False:",
+    ("generation: renewals", f"{FENCER}/admit.py", "r.generation != f.active or f.active != f.highest",
+     "False", "tests/fencer/test_admit.py"),
+    ("generation: checksum of the state", f"{FENCER}/durable.py", "if not right:", "if False:",
      "tests/fencer/test_durable.py"),
     ("compare-and-set: nats", "harmony/store/nats.py",
      'headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}', "headers = None",
@@ -38,19 +41,82 @@ RULES = [
     ("two clocks: our own", f"{CORE}/view.py", "return by_store and by_boot", "return by_store", "tests/core"),
     ("two clocks: pauses", f"{CORE}/node.py", "if v.last_step_ns and now_ns", "if False and now_ns", "tests/core"),
     ("send time", f"{CORE}/register.py", "Acked(ours.sent_ns, revision)", "Acked(now_ns, revision)", "tests/core"),
-    ("proof: processes and port", f"{FENCER}/ladder.py", "if not proven:", "if False:",
+    ("proof: processes and port", f"{FENCER}/ladder.py", "if gone and not self._listening():",
+     "if True:",
      "tests/fencer/test_process.py -k listens"),
     ("proof: Failed waits for it", f"{CORE}/view.py", "fence_proven=f is not None",
      "fence_proven=True or f is not None", "tests/sim tests/core"),
-    ("proof: orphans", f"{FENCER}/processes.py", "if (cwd.st_dev, cwd.st_ino) == identity:", "if False:",
+    ("proof: orphans", f"{FENCER}/processes.py", "if (there.st_dev, there.st_ino) in wanted.places:",
+     "if False:",
      "tests/fencer/test_process.py -k orphaned"),
-    ("a fence lasts", f"{FENCER}/postgres.py", 'self._write("standby.signal", "")', "pass",
+    ("a fence lasts", f"{FENCER}/postgres.py", 'change.write(self.data / "standby.signal", b"")', "pass",
      "tests/fencer/test_process.py -k by_hand"),
     ("final positions", f"{CORE}/candidate.py", "m.seen_revision == revision and m.silent_ns >= settle_ns",
      "True", "tests/core"),
     ("quorum of voters", f"{CORE}/candidate.py", "if len(heard) < needed:", "if False:", "tests/core"),
-    ("inequality", f"{CORE}/timing.py", "if self.failover_ns > self.lease_ns + self.fence_ns + self.margin_ns:",
+    ("inequality", f"{CORE}/timing.py", "if self.failover_ns > self.lease_ns + self.stop_ns + self.margin_ns:",
      "if True:", "tests/core tests/config"),
+    # the fencer's own rules: what the model and the crash tests notice
+    ("order: the older effect is awaited", f"{FENCER}/effects.py", "            await ended.wait()",
+     "            self._scope = None", STORIES),
+    ("order: a fence halts before its disk", f"{FENCER}/fencer.py",
+     "            self._engine.halt()  # before anything else: writes end here, no disk is waited for", "            pass",
+     STORIES),
+    ("order: a fence ends the lease", f"{FENCER}/fencer.py", "            case _:\n                self._drop_lease()",
+     "            case _:", STORIES),
+    ("order: a follow stops what could write", f"{FENCER}/fencer.py",
+     "if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):", "if False:", STORIES),
+    ("order: a repeat starts nothing", f"{FENCER}/admit.py", "return Repeat(f.newest)",
+     "return NewOrder(op, g, primary)", STORIES),
+    ("order: one number, one order", f"{FENCER}/admit.py", "if (f.newest.op, f.newest.primary) == (op, primary):",
+     "if True:", STORIES),
+    ("order: equal is not greater", f"{FENCER}/admit.py", "if g <= f.highest:", "if g < f.highest:", STORIES),
+    ("order: latched", f"{FENCER}/admit.py", "        if f.latched:\n            return Refusal(\"latched\"",
+     "        if False:\n            return Refusal(\"latched\"", "tests/fencer/test_admit.py"),
+    ("own fence: halts first", f"{FENCER}/fencer.py",
+     "        if not clean:\n            self._engine.halt()\n", "        if not clean:\n", STORIES),
+    ("own fence: yields to a newer order", f"{FENCER}/fencer.py",
+     "if self._effects.busy or (self._active is not None and not clean):", "if False:", STORIES),
+    ("own fence: until proven", f"{FENCER}/fencer.py", "            await trio.sleep(0.1)", "            return", STORIES),
+    ("own fence: stray primaries", f"{FENCER}/guard.py",
+     "if fencer.deadline_ns is None and not fencer.busy and not engine.is_standby():", "if False:", STORIES),
+    ("lease: clamped", f"{FENCER}/fencer.py",
+     "leases.clamp(request.deadline_boottime_ns, now_ns, self._c.lease_ns)", "request.deadline_boottime_ns", STORIES),
+    ("lease: of the newest activate only", f"{FENCER}/fencer.py",
+     "and lease.generation == order.generation == self._ledger.state.highest", "and True", STORIES),
+    ("lease: no time without one", f"{FENCER}/fencer.py",
+     "if self._active is not None or not self.could_write:", "if True:", STORIES),
+    ("start: an interrupted promotion", f"{FENCER}/fencer.py",
+     '(order.op == "activate" or order.state != "done")', '(order.op == "activate")', STORIES),
+    ("start: writable without a lease", f"{FENCER}/fencer.py",
+     "elif pids and (self.could_write or not self._running or await self._engine.in_production()):", "elif False:",
+     STORIES),
+    ("start: the guard comes first", f"{FENCER}/fencer.py",
+     "        pids, self._running = self._look()\n",
+     "        await trio.sleep(0)\n        pids, self._running = self._look()\n", STORIES),
+    ("end: nothing may write any more", f"{FENCER}/fencer.py",
+     "while self._active is not None or (self._look()[0] and self.could_write):", "while False:", STORIES),
+    ("disk: durable before it acts", f"{FENCER}/ledger.py", "            await self.persist(newest, patience)",
+     "            self.state = newest(self.state)", STORIES),
+    ("disk: memory never ahead", f"{FENCER}/ledger.py", "                new = change(self.state)\n",
+     "                new = self.state = change(self.state)\n", MODEL),
+    ("disk: a fence that it did not take", f"{FENCER}/ledger.py", "        self.testify()\n", "        pass\n", STORIES),
+    ("disk: told when durable", f"{FENCER}/fencer.py", "        try:\n            await self._ledger.persist(ended)",
+     "        self._order = record\n        try:\n            await self._ledger.persist(ended)", STORIES),
+    ("disk: one writer at a time", f"{FENCER}/ledger.py", "trio.CapacityLimiter(1)", "trio.CapacityLimiter(9)",
+     f"{CRASH} -k abandoned"),
+    ("disk: fsync of the file", f"{FENCER}/durable.py", "        disk.fsync(fd)\n", "", f"{CRASH} -k power"),
+    ("disk: fsync of the folder", f"{FENCER}/durable.py",
+     "    disk.rename(temporary, path)\n    disk.sync_folder(path.parent)\n", "    disk.rename(temporary, path)\n",
+     f"{CRASH} -k power"),
+    ("disk: replaced whole", f"{FENCER}/durable.py", 'temporary = path.with_name(path.name + ".new")',
+     "temporary = path", f"{CRASH} -k instruction"),
+    ("disk: the lease replaced whole", f"{FENCER}/lease.py", 'temporary = path.with_suffix(".new")',
+     "temporary = path", f"{CRASH} -k instruction"),
+    ("disk: an older copy", f"{FENCER}/state.py", "    if ours:\n", "    if False:\n", f"{CRASH} -k trusted"),
+    ("disk: a latch that cannot be read", f"{FENCER}/state.py",
+     '        return Latch(f"{path} cannot be read', '        return None if e else Latch(f"{path} cannot be read',
+     f"{CRASH} -k damaged_latch"),
 ]  # fmt: skip
 
 
@@ -87,7 +153,7 @@ def main() -> None:
             python = environment(Path(name) / "venv", folder)
             binaries = Path(sys.executable).parent
             env = os.environ | {"SEEDS": "160", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-            argv = [str(python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split(" ")]
+            argv = [str(python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
             done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
         failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
         noticed = failed[0] if done.returncode == 1 and failed else "NOBODY"

@@ -87,7 +87,7 @@ def link(to: Path, path: Path) -> None:
 
 def open_folders(top: Path) -> tuple[Path, Path]:
     """One that belongs to nobody, and one that only root may enter."""
-    for folder in [top, *top.parents[:2]]:
+    for folder in [top, *(p for p in top.parents if p.name.startswith(("pytest-", "popen-")))]:
         folder.chmod(0o755)
     data, secret = top / "data", top / "secret"
     data.mkdir()
