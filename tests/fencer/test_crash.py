@@ -37,7 +37,7 @@ from harmony_fencer.protocol import Generation, Latch, OrderRecord
 from tests.fencer.fakes import HeldDisk, configuration
 from tests.fencer.node import FENCE_S, LEASE_S, Node, memory_folder
 
-OWN = {str(Path(m.__file__)) for m in (durable, states, leases)}
+OWN = {str(Path(m.__file__)) for m in (durable, states, leases)} | {Path.write_bytes.__code__.co_filename}
 
 
 def state(term: int, order: int, state_: protocol.OrderState = "done") -> states.State:
@@ -63,7 +63,7 @@ def memory() -> Iterator[Path]:
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:
-    """Do `work` in a fork that is killed before its `number`th instruction in our modules; whether it was."""
+    """Do `work` in a fork, killed before its `number`th instruction in our modules (and pathlib); whether it was."""
     pid = os.fork()
     if pid == 0:
         left = number
