@@ -227,10 +227,10 @@ class Child:
             return
         process.terminate()
         with trio.move_on_after(timeout_s):
-            while self._process is process:
+            while process.poll() is None:
                 await trio.sleep(0.02)
-        if self._process is process:
+        if process.poll() is None:
             log.error("did not stop in time; killing", child=self.spec.name, pid=process.pid)
             process.kill()
-            while self._process is process:
+            while process.poll() is None:
                 await trio.sleep(0.02)

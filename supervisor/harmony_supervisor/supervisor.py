@@ -127,9 +127,10 @@ class Supervisor:
             recent = [t for t in self.fencer.deaths if t > time.monotonic() - DEATHS_WITHIN_S]
             if self._stopping or not (self.fencer.stuck or len(recent) >= FENCER_DEATHS):
                 continue
-            log.critical("the fencer cannot be kept up: emergency fence", stuck=self.fencer.stuck)
+            stuck = self.fencer.stuck  # it dies in the end, and is replaced
+            log.critical("the fencer cannot be kept up: emergency fence", stuck=stuck)
             proven = await self._fence_once()
-            if proven and not self.fencer.stuck:
+            if proven and not (stuck or self.fencer.stuck):
                 self._end(1)
                 return
             if not proven:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,7 +112,10 @@ async def test_starts_in_order_and_stops_in_order(tmp_path: Path) -> None:
     """O1: the fencer first at the start, last at the end."""
     run = Run(tmp_path)
     assert await run.run_until(run.ready) == 0
-    assert run.time_of("fencer", "start") < run.time_of("agent", "start")
+    started = {name: run.notes(name)[0][1] for name in ("fencer", "agent")}
+    assert started["fencer"] < started["agent"], (
+        "by their pids: whose first line runs first is the host's business"
+    )
     assert run.time_of("agent", "term") < run.time_of("fencer", "term")
 
 
@@ -227,6 +231,8 @@ class Unkillable:
             pytest.skip(f"needs cgroup v1's freezer: {e}")
 
     def __enter__(self) -> Unkillable:
+        self._at_last = threading.Timer(15, self.thaw)  # a test that fails must come to its end
+        self._at_last.start()
         return self
 
     def freeze(self, pid: int) -> None:
@@ -237,6 +243,7 @@ class Unkillable:
         (self._group / "freezer.state").write_text("THAWED")
 
     def __exit__(self, *_: object) -> None:
+        self._at_last.cancel()
         self.thaw()
         until = time.monotonic() + 5
         while time.monotonic() < until and (self._group / "cgroup.procs").read_text():
@@ -265,6 +272,25 @@ async def test_a_fencer_that_is_killed_and_does_not_die_is_fenced_for(tmp_path: 
             return phase == "replaced" and len(starts) == 2 and run.ready() and not stuck
 
         assert await run.run_until(through_it_all) == 0
+
+
+async def test_an_error_of_its_own_ends_the_supervisor(tmp_path: Path) -> None:
+    """O1: not for ever in waiting for children that nobody looks after any more; systemd starts it again."""
+    run = Run(tmp_path)
+
+    class Unexpected(Exception):
+        pass
+
+    class Failing(Notifier):
+        def send(self, text: str) -> None:
+            if text == "READY=1":
+                raise Unexpected
+
+    run.supervisor._notifier = Failing()
+    with trio.fail_after(15), pytest.raises(BaseExceptionGroup) as raised:
+        await run.supervisor.run()
+    assert raised.group_contains(Unexpected)
+    assert not any(alive(pid) for name in ("agent", "fencer") for _, pid in run.notes(name))
 
 
 async def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
