@@ -12,6 +12,7 @@ from typing import Protocol
 import trio
 
 NS = 1_000_000_000
+LOOK_S = 0.01
 _TFD_TIMER_ABSTIME = 1
 _ITIMERSPEC = struct.Struct("@qqqq")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,7 +50,16 @@ class BootClock:
         return boot_ns()
 
     async def sleep_until(self, when_ns: int) -> None:
-        """One timerfd a call; OSError when the kernel has none left (our bug, or a host out of descriptors)."""
+        """One timerfd a call. Where none is left the clock is looked at every LOOK_S instead: the end of a lease
+        needs no descriptor (W9)."""
+        try:
+            await self._by_timer(when_ns)
+        except OSError:
+            while (left_ns := when_ns - boot_ns()) > 0:
+                await trio.sleep(min(LOOK_S, left_ns / NS))
+
+    async def _by_timer(self, when_ns: int) -> None:
+        """Raises OSError where the kernel has no descriptor or memory for it."""
         fd = _libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_NONBLOCK | os.O_CLOEXEC)
         if fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")

@@ -245,14 +245,14 @@ def in_sessions(leaders: Iterable[int], data: Data) -> list[int]:
 
 
 def describe(pid: int) -> str:
-    """For the operator: what it is, its state, and where in the kernel it waits."""
+    """For the operator: what it is, its state, and where in the kernel it waits. Never raises."""
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         title = ""
-    fields = _stat(pid)
-    where = ""
+    fields, where = ["?"], ""
     with contextlib.suppress(OSError):
+        fields = _stat(pid)
         where = Path(f"/proc/{pid}/wchan").read_text().strip("0\n")
     state = fields[0] if fields else "gone"
     return f"{pid} {' '.join(title.split())[:60]!r} (state {state}{', in ' + where if where else ''})"
@@ -322,7 +322,7 @@ class Pinned:
         """Signal all, or `only` those; how many were there to take it."""
         sent = 0
         for pid in list(self._fds) if only is None else only:
-            with contextlib.suppress(ProcessLookupError, KeyError):
+            with contextlib.suppress(OSError, KeyError):  # gone, or it has become another user's
                 signal.pidfd_send_signal(self._fds[pid], number)
                 sent += 1
         return sent
@@ -353,11 +353,14 @@ class Pinned:
         return total
 
     def left(self) -> list[int]:
-        """Those that have not ended (a zombie has)."""
+        """Those that have not ended (a zombie has), as far as it can be told. Never raises."""
         poller = select.poll()
         for fd in self._fds.values():
             poller.register(fd, select.POLLIN)
-        ended = {fd for fd, _ in poller.poll(0)}
+        try:
+            ended = {fd for fd, _ in poller.poll(0)}
+        except OSError:
+            ended = set()
         return [pid for pid, fd in self._fds.items() if fd not in ended]
 
     def close(self) -> None:
@@ -432,9 +435,13 @@ def _sockets(port: int) -> set[str]:
 
 
 def listeners(port: int) -> str:
-    """Who listens on the port, in words; looks at every process: for the failure's message only."""
-    wanted, found, until = _sockets(port), [], time.monotonic() + LISTENERS_S
-    for name in os.listdir("/proc"):
+    """Who listens on the port, in words; looks at every process: for the failure's message only. Never raises."""
+    try:
+        wanted, names = _sockets(port), os.listdir("/proc")
+    except OSError as e:
+        return f"it cannot be told who, or whether at all ({e})"
+    found, until = [], time.monotonic() + LISTENERS_S
+    for name in names:
         if name.isdigit() and time.monotonic() < until:
             with contextlib.suppress(OSError):
                 if any(str(fd.readlink()) in wanted for fd in Path(f"/proc/{name}/fd").iterdir()):
