@@ -7,6 +7,7 @@ process half of its start-up time and a third of its memory (docs/adr/005): it i
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import queue
@@ -30,6 +31,7 @@ class Log:
         self._queue: queue.Queue[bytes] = queue.Queue(MAX_QUEUED)
         self._bound: dict[str, object] = {}
         self._console = False
+        self._configured = False
         self._dropped = 0
         self._seldom: dict[str, tuple[float, int]] = {}
         self._writing = threading.Event()
@@ -37,10 +39,17 @@ class Log:
 
     def configure(self, *, console: bool, **bound: object) -> None:
         """Begin to write; `bound` stands in every line."""
-        self._console, self._bound = console, bound
+        self._console, self._bound, self._configured = console, bound, True
+        self._start()
+
+    def _start(self) -> None:
+        """Its thread; where none can be started (the unit's or the host's limit of tasks) lines wait for it, and
+        it is tried again with the next: a fence must not fail for want of a log."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._write, name="log", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._write, name="log", daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
 
     def info(self, event: str, **fields: object) -> None:
         self._say("info", event, fields)
@@ -67,12 +76,17 @@ class Log:
     def flush(self, seconds: float = 1.0) -> None:
         """Wait until everything is written, `seconds` at most."""
         until = time.monotonic() + seconds
-        while (not self._queue.empty() or self._writing.is_set()) and time.monotonic() < until:
+        while (
+            self._thread is not None
+            and (not self._queue.empty() or self._writing.is_set())
+            and time.monotonic() < until
+        ):
             time.sleep(0.002)
 
     def _say(self, level: Level, event: str, fields: dict[str, object]) -> None:
-        if self._thread is None:
+        if not self._configured:
             return
+        self._start()
         if self._dropped:
             fields = {**fields, "lines_lost_before_this": self._dropped}
         try:
