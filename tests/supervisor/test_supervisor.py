@@ -255,6 +255,8 @@ async def test_a_fencer_that_is_killed_and_does_not_die_is_fenced_for(tmp_path: 
     """W9: it hangs in the kernel with the lease: the one-shot fences beside it, again and again, and the
     supervisor does not end (a new one's fencer would wait for the lock). When it dies it is replaced."""
     run, tries = Run(tmp_path), tmp_path / "once"
+    once = tmp_path / "once.py"  # so slow that the fencer dies during the second one
+    once.write_text(once.read_text().replace("raise", "import time\ntime.sleep(0.7)\nraise"))
     with Unkillable() as hung:
         phases = iter(["hang", "fenced", "replaced"])
         phase = next(phases)
