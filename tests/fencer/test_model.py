@@ -78,6 +78,7 @@ class Ticket:
     files: dict[str, bytes]
     began: int
     reply: Reply | None = None
+    repeat: bool = False
     writes: bool = False  # whether PostgreSQL could write at the moment of the reply
 
 
@@ -332,6 +333,8 @@ class Bench:
         refused = isinstance(r, Refusal) and r.error != "storage_failed" and ticket.alone
         if refused and (self.files(), self.engine.began) != (ticket.files, ticket.began):
             self.problems.append(f"a refused {request} changed something")
+        if ticket.repeat and ticket.alone and self.engine.began != ticket.began:
+            self.problems.append(f"a repeat started something: {request}")
         self.check()
         return ticket
 
@@ -412,8 +415,7 @@ class Bench:
             bad.append("I3: accepted below the highest")
         if (record.op, record.primary) != k.newest or record.generation != k.highest:
             bad.append(f"a repeat is answered with another's outcome, not {k.newest}")
-        if ticket.alone and self.engine.began != ticket.began:
-            bad.append("a repeat started something")
+        ticket.repeat = True
         return bad
 
     def _renewed(self, ticket: Ticket, reply: Renewed) -> list[str]:
