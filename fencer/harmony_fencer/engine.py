@@ -40,6 +40,9 @@ class Engine(Protocol):
     def postmaster(self) -> int | None:
         """The live postmaster's pid. Raises OSError: cannot tell."""
 
+    def could_write(self) -> bool:
+        """Not marked as a standby, or running as a primary all the same. Cheap; True when it cannot be told."""
+
     @property
     def halted(self) -> bool:
         """halt() was called and no stop() has proven all of it gone since."""

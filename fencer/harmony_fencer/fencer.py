@@ -178,7 +178,7 @@ class Fencer:
     @property
     def could_write(self) -> bool:
         """Whether PostgreSQL here may write, or could begin to, as far as it is not proven otherwise."""
-        return self._may_write or self._engine.halted or not self._engine.is_standby()
+        return self._may_write or self._engine.halted or self._engine.could_write()
 
     @property
     def busy(self) -> bool:

@@ -60,7 +60,7 @@ async def _watch_one(fencer: Fencer) -> None:
         return
     # Under a lease nobody else's writability is looked for, only the end.
     while not await engine.ended(pid, STRAY_S if fencer.deadline_ns is None else LEASED_S):
-        if fencer.deadline_ns is None and not fencer.busy and not engine.is_standby():
+        if fencer.deadline_ns is None and not fencer.busy and engine.could_write():
             # Promoted or started by somebody else: it writes, and no lease covers it.
             await fencer.fence_by_itself("PostgreSQL is writable without a lease")
     fencer.saw(running=False)

@@ -225,7 +225,7 @@ def fence_what_could_write(config: FencerConfig, reason: str) -> int:
     postgres = Postgres(config, lasting=False)
     state, untrusted = load_state(config)
     activated = state.order is not None and (state.order.op == "activate" or state.order.state != "done")
-    could_write = bool(untrusted) or activated or not postgres.is_standby()
+    could_write = bool(untrusted) or activated or postgres.could_write()
     if could_write:
         postgres.halt()
 

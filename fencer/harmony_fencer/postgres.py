@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 from pathlib import Path
 
 import trio
 
-from harmony_fencer import processes, settings
+from harmony_fencer import durable, processes, settings
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
@@ -22,6 +23,11 @@ from harmony_fencer.tree import Tree
 
 _WAL = re.compile(r"[0-9A-F]{24}\Z")
 CONTROL_S = 5.0
+# PostgreSQL 13 to 18: miscadmin.h, LOCK_FILE_LINE_PM_STATUS; pidfile.h; pg_control.h, ControlFileData and DBState.
+_STATUS_LINE = 8
+_MAY_BE_PRIMARY = {b"ready", b"stopping"}
+_STATE_OFFSET = 16
+_IN_PRODUCTION = 6
 
 
 class Postgres:
@@ -61,6 +67,27 @@ class Postgres:
 
     def is_standby(self) -> bool:
         return _exists(self.data / "standby.signal", otherwise=False)
+
+    def could_write(self) -> bool:
+        return not self.is_standby() or self._runs_as_primary()
+
+    def _runs_as_primary(self) -> bool:
+        # standby.signal may have been written under a running primary: the postmaster's own word is wanted.
+        try:
+            lines = durable.read_small(self.data / "postmaster.pid", 4096).split(b"\n")
+            if len(lines) < _STATUS_LINE or lines[_STATUS_LINE - 1].strip() not in _MAY_BE_PRIMARY:
+                return False
+            if self.postmaster() is None:
+                return False
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:  # "ready" outlives a crash of the backends, after which it may come back as a standby
+            head = durable.read_small(self.data / "global" / "pg_control", 64)
+            return bool(struct.unpack_from("=i", head, _STATE_OFFSET)[0] == _IN_PRODUCTION)
+        except (OSError, struct.error):
+            return True
 
     def timeline(self) -> int:
         names = [n for n in os.listdir(self.data / "pg_wal") if _WAL.match(n)]

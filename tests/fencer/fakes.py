@@ -389,8 +389,8 @@ class SteppedEngine:
     def is_standby(self) -> bool:
         return self.world.standby
 
-    def primary(self) -> bool:
-        return self.world.alive and not self.world.recovery
+    def could_write(self) -> bool:
+        return not self.world.standby or (self.world.alive and not self.world.recovery)
 
     def pids(self) -> list[int]:
         found = [self.world.pid] if self.world.alive else []

@@ -785,7 +785,6 @@ def test_standby_signal_removed_and_started_writable(node: Node) -> None:
     node.wait(node.in_recovery, "the next start is a standby again")
 
 
-@pytest.mark.xfail(reason="guard.watch believes standby.signal; it must also read the control file")
 @by_hand
 def test_standby_signal_put_back_under_a_writable_one(node: Node) -> None:
     """I1: the file is no proof: it may have been written after PostgreSQL had looked."""

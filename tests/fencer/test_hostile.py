@@ -534,6 +534,9 @@ def test_a_supervisor_is_recognised_however_it_was_started(tmp_path: Path, how: 
         argv = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "harmony_supervisor"]
     with subprocess.Popen(argv) as process:
         try:
+            # Popen returns at the close-on-exec, a moment before the new command line can be read.
+            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                time.sleep(0.001)
             assert main._is_ours(process.pid, b"harmony_supervisor")
             assert not main._is_ours(process.pid, b"harmony_fencer")
         finally:
