@@ -11,6 +11,7 @@ etcd-server) leading an idle PostgreSQL of its own, at loop_wait 1, ttl 20, retr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -93,6 +94,7 @@ postgresql:
   listen: 127.0.0.1:{port}
   connect_address: 127.0.0.1:{port}
   data_dir: {top}/data
+  pgpass: {top}/pgpass
   bin_dir: {parts.postgres.bin_dir}
   authentication: {{superuser: {{username: postgres}}, replication: {{username: replicator}}}}
   pg_hba: [local all all trust, host all all 127.0.0.1/32 trust, host replication all 127.0.0.1/32 trust]
@@ -114,8 +116,14 @@ postgresql:
             return cost({"Patroni": [psutil.Process(started[1].pid)]}, seconds)
         finally:
             for process in reversed(started):
+                family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
                 process.send_signal(signal.SIGTERM)
-                process.wait(60)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                for one in family:  # Patroni has been seen to outlive its SIGTERM by more than a minute
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+                process.wait(20)
             shutil.rmtree(top, ignore_errors=True)
 
 
