@@ -297,7 +297,7 @@ def test_a_long_crash_recovery(node: Node) -> None:
 
 @by_hand
 def test_somebody_who_starts_it_again_and_again(node: Node) -> None:
-    """I1, I6: the fence ends proven all the same, and what comes up after it is a read-only standby."""
+    """I1, I6: proven, or said not to be; never writable, and proven as soon as nobody starts it any more."""
     node.start()
     node.make_writable()
     over, starts = threading.Event(), []
@@ -314,7 +314,9 @@ def test_somebody_who_starts_it_again_and_again(node: Node) -> None:
     try:
         for number in range(8):
             record = node.fence(1, 2 + number)
-            assert record.state == "done", (record, node.log())
+            if record.state == "failed":  # a new one at every look, on a busy host: frozen, and said so
+                assert "processes live on" in record.detail or "something listens" in record.detail
+                continue
             assert record.took_ms < FENCE_S * 1000
             node.wait(node.in_recovery, "it is up again, as a standby", 10)
             with node.connect() as c, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
@@ -323,6 +325,7 @@ def test_somebody_who_starts_it_again_and_again(node: Node) -> None:
         over.set()
         thread.join()
     assert len(starts) > 5
+    proven(node, node.fence(1, 20))
 
 
 def test_a_stale_pid_file_names_another_program(node: Node) -> None:
