@@ -21,6 +21,7 @@ class Outcome:
     detail: str
     rungs: tuple[Rung, ...]
     took_ms: float
+    shutdown_lsn: int | None = None  # of a clean one that is proven: where its checkpoint record begins
 
 
 class Engine(Protocol):
@@ -51,7 +52,10 @@ class Engine(Protocol):
         """Stop all writes at once, without waiting for anything but the kernel. Never raises."""
 
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome:
-        """Climb the ladder: a clean shutdown until `clean_until_ns` (0: none), then halt and kill."""
+        """Climb the ladder: a clean shutdown until `clean_until_ns` (0: none), then halt and kill.
+
+        Of one that was to be clean the outcome also tells the shutdown checkpoint, where there was one.
+        """
 
     async def ended(self, pid: int, within_s: float) -> bool:
         """Wait for the process's end, `within_s` at most: whether it has ended. Raises OSError: cannot tell."""

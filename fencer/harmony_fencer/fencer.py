@@ -34,6 +34,7 @@ from harmony_fencer.protocol import (
     Latch,
     OperatorFence,
     OrderRecord,
+    OrderState,
     Refusal,
     Renew,
     Renewed,
@@ -66,6 +67,7 @@ class Fencer:
         self._order: OrderRecord | None = self._ledger.state.order
         self._self_fence: SelfFence | None = None
         self._fence_proven = False
+        self._shutdown_lsn: int | None = None
         self._retiring = False
         self._system_identifier: str | None = None
         self._running = False  # whether a live postmaster was seen
@@ -189,6 +191,7 @@ class Fencer:
         if started or running != self._running:
             self._running = running
             self._starts += started
+            self._shutdown_lsn = None
             self._bell.ring()
 
     async def rearmed(self) -> None:
@@ -355,7 +358,7 @@ class Fencer:
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
         self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
-        self._fence_proven = outcome.proven
+        self._fence_proven, self._shutdown_lsn = outcome.proven, outcome.shutdown_lsn
         self._may_write = self._may_write and not outcome.proven
         self._running = self._look()[1]
         if outcome.proven:
@@ -448,14 +451,9 @@ class Fencer:
         began = self._clock.now_ns()
         while True:
             outcome = await self._stop(clean_until_ns)
-            self._self_fence = SelfFence(
-                reason,
-                began,
-                "done" if outcome.proven else "failed",
-                outcome.detail,
-                outcome.took_ms,
-                outcome.rungs,
-            )
+            state: OrderState = "done" if outcome.proven else "failed"
+            rungs = outcome.rungs
+            self._self_fence = SelfFence(reason, began, state, outcome.detail, outcome.took_ms, rungs)
             self._bell.ring()
             level = log.warning if outcome.proven else log.error
             level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))
@@ -473,6 +471,7 @@ class Fencer:
     def status(self) -> Status:
         """Everything, as of now."""
         standby, running = self._engine.is_standby(), self._running
+        proven = self._fence_proven and not self.busy and not running
         return Status(
             v=VERSION,
             node=self._c.node,
@@ -486,7 +485,8 @@ class Fencer:
             lease_deadline_boottime_ns=self.deadline_ns,
             order=self._order,
             self_fence=self._self_fence,
-            fence_proven=self._fence_proven and not self.busy and not running,
+            fence_proven=proven,
+            shutdown_lsn=self._shutdown_lsn if proven else None,
             postgres="running" if running else "down",
             postgres_starts=self._starts,
             following=self._ledger.state.following if running and standby else None,

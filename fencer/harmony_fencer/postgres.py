@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import struct
@@ -14,7 +15,7 @@ from harmony_fencer import durable, processes, settings
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
-from harmony_fencer.ladder import Ladder
+from harmony_fencer.ladder import MARK_SHARE, Ladder
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, Programs
 from harmony_fencer.protocol import SyncRule
@@ -26,8 +27,9 @@ CONTROL_S = 5.0
 # PostgreSQL 13 to 18: miscadmin.h, LOCK_FILE_LINE_PM_STATUS; pidfile.h; pg_control.h, ControlFileData and DBState.
 _STATUS_LINE = 8
 _MAY_BE_PRIMARY = {b"ready", b"stopping"}
-_STATE_OFFSET = 16
-_IN_PRODUCTION = 6
+_VERSION_OFFSET, _STATE_OFFSET, _CHECKPOINT_OFFSET = 8, 16, 32
+_VERSIONS = range(1300, 1900)
+_SHUT_DOWN, _IN_PRODUCTION = 1, 6
 
 
 class Postgres:
@@ -125,6 +127,12 @@ class Postgres:
             log.warning("pg_controldata failed; assuming the worst", why=str(e))
             return True
 
+    async def _shutdown_lsn(self) -> int | None:
+        """Of what does not run: where its shutdown checkpoint begins; None also where it cannot be told."""
+        with trio.move_on_after(self._c.fence_timeout_s * MARK_SHARE), contextlib.suppress(OSError):
+            return await durable.in_thread(lambda: shutdown_checkpoint(self.data))
+        return None
+
     # ------------------------------------------------------------ files
 
     async def mark_standby(self) -> None:
@@ -202,10 +210,27 @@ class Postgres:
             clean_until_ns=clean_until_ns,
         )
         outcome = await ladder.run()
+        if outcome.proven and clean_until_ns:
+            outcome = dataclasses.replace(outcome, shutdown_lsn=await self._shutdown_lsn())
         if self._c.run == "systemd":
             # Whatever became of it: the unit must not be started again by systemd.
             await self._programs.systemctl("stop --no-block", timeout_s=1.0, check=False)
         return outcome
+
+
+def shutdown_checkpoint(data: Path) -> int | None:
+    """Where the checkpoint of a primary's clean shutdown begins: all the WAL there is ends with it.
+
+    None: PostgreSQL runs, was killed, or was a standby (its checkpoint is an older one). Raises OSError.
+    """
+    try:
+        head = durable.read_small(data / "global" / "pg_control", 64)
+        (version,) = struct.unpack_from("=I", head, _VERSION_OFFSET)
+        (state,) = struct.unpack_from("=i", head, _STATE_OFFSET)
+        (begins,) = struct.unpack_from("=Q", head, _CHECKPOINT_OFFSET)
+    except struct.error:
+        return None
+    return int(begins) if version in _VERSIONS and state == _SHUT_DOWN else None
 
 
 def _exists(path: Path, *, otherwise: bool) -> bool:

@@ -173,6 +173,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     order: OrderRecord | None  # the newest accepted order
     self_fence: SelfFence | None
     fence_proven: bool  # a fence was the last thing done and it ended with proof
+    # Byte position of the shutdown checkpoint record of the newest clean fence of a primary: its WAL ends with
+    # it. None: not cleanly shut down, or PostgreSQL has been started since
+    shutdown_lsn: int | None
     postgres: PostgresState
     postgres_starts: int  # counts starts seen; a crash and restart between two looks is noticed by it
     following: str | None  # primary of the last done follow, while PostgreSQL runs as its standby

@@ -242,6 +242,7 @@ class World:
     promoting: bool = False  # a promotion was asked for: it completes when it likes
     standby: bool = False  # standby.signal is there
     production: bool = False  # what the control file says
+    checkpoint: int | None = None  # and of a primary that was shut down cleanly: where
     by_hand: bool = False  # somebody else made it writable
     primary: str | None = None
     sync: SyncRule | None = None
@@ -266,7 +267,7 @@ class World:
         self.alive, self.recovery, self.frozen, self.stopping = True, self.standby, False, False
         self.promoting = False
         self.by_hand = by_hand and not self.standby
-        self.production = not self.standby
+        self.production, self.checkpoint = not self.standby, None
 
     def promoted(self, *, by_hand: bool = False) -> None:
         """The promotion completes."""
@@ -283,6 +284,7 @@ class World:
     def gone(self, *, clean: bool = False) -> None:
         """All of it."""
         if self.alive:
+            self.checkpoint = 1000 * self.pid if clean and not self.recovery else None
             self.postmaster_dies(orphans=False)
         self.orphans = self.frozen = False
         if clean:
@@ -462,7 +464,8 @@ class SteppedEngine:
             proven = not self.world.lives
             if proven:
                 self._halted = False
-            return Outcome(proven, notes, tuple(rungs), 0.0)
+            told = self.world.checkpoint if proven and clean_until_ns else None
+            return Outcome(proven, notes, tuple(rungs), 0.0, told)
 
     async def _fast(self, call: Call, until_ns: int) -> None:
         self.world.stopping = self.world.alive

@@ -333,11 +333,13 @@ class Node:
 
     def cluster_state(self) -> str:
         """As pg_controldata has it."""
+        return self.control("Database cluster state")
+
+    def control(self, field: str) -> str:
+        """One line of pg_controldata."""
         argv = [f"{self.template.postgres.bin_dir}/pg_controldata", "-D", str(self.data)]
         out = run_as(self.template.user, argv, self.template.postgres.library_dir, 10).stdout
-        return next(
-            line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith("Database cluster")
-        )
+        return next(line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith(field))
 
     @contextlib.contextmanager
     def writing(self, pause_s: float = 0.0) -> Iterator[Writer]:

@@ -101,6 +101,8 @@ MEANING = {
     "Status.order": "the newest accepted order",
     "Status.self_fence": "the newest fence that the fencer began by itself since it was started",
     "Status.fence_proven": "a fence was the last thing done since the start, and it ended with proof",
+    "Status.shutdown_lsn": "byte position where the shutdown checkpoint record of the newest clean fence of a "
+    "primary begins; null: not cleanly shut down, or PostgreSQL has been started since",
     "Status.postgres": "whether a postmaster of this data directory lives, as last seen",
     "Status.postgres_starts": "starts seen by this fencer process: betrays a crash and restart between two looks",
     "Status.following": "the primary of the last `follow` done, while PostgreSQL runs as a standby",

@@ -494,6 +494,8 @@ class Bench:
             bad += self._writes(fencer, now_ns)
         if status.fence_proven and w.writes and not w.by_hand:
             bad.append("I6: a fence counts as proven, and PostgreSQL writes")
+        if status.shutdown_lsn is not None and not status.fence_proven:
+            bad.append("a shutdown checkpoint is told without a proven fence")
         return bad
 
     def _outcome(self, order: OrderRecord | None) -> list[str]:
@@ -1164,6 +1166,36 @@ def test_no_agent_can_buy_time_with_planned_demotions(bench: Bench) -> None:
         fence(bench, 1, order, clean=True)
         bench.advance(100 * MS)
     assert not bench.world.writes
+
+
+def test_the_shutdown_checkpoint_is_told_until_a_start(bench: Bench) -> None:
+    """I2: all the WAL there will ever be ends with it; whoever takes over must have it."""
+
+    def told() -> int | None:
+        assert bench.fencer is not None
+        return bench.fencer.status().shutdown_lsn
+
+    made_writable(bench)
+    assert told() is None
+    fence(bench, 2, clean=True)
+    bench.let_all()
+    assert told() == bench.world.checkpoint is not None
+    fence(bench, 2, 1, clean=True)
+    bench.let_all()
+    assert told() == bench.world.checkpoint is not None
+    bench.do(bench.world.launch)  # by hand
+    bench.advance(STRAY_NS)
+    bench.do(bench.world.gone)
+    bench.advance(STRAY_NS)
+    assert told() is None
+    follow(bench, 3)
+    bench.let_all()
+    assert told() is None
+    fence(bench, 4, clean=True)  # of a standby: its checkpoint is an older one
+    bench.let_all()
+    assert bench.fencer is not None
+    assert bench.fencer.status().fence_proven
+    assert told() is None
 
 
 def test_an_outcome_is_told_when_it_is_durable(bench: Bench) -> None:

@@ -262,6 +262,33 @@ def test_the_one_shot_fences_beside_a_hung_fencer(node: Node) -> None:
     assert not node.pids()
 
 
+def test_a_clean_fence_tells_where_the_shutdown_checkpoint_begins(node: Node) -> None:
+    """I2: what the hand-over rests on, held against pg_controldata; None wherever it could mislead."""
+
+    def told() -> int | None:
+        return node.status().shutdown_lsn
+
+    node.start()
+    node.make_writable(1, 1)
+    assert told() is None
+    assert node.fence(1, 2, clean=True).state == "done"
+    assert node.cluster_state() == "shut down"
+    high, low = node.control("Latest checkpoint location").split("/")
+    assert told() == (int(high, 16) << 32) + int(low, 16)
+    node.start_by_hand()
+    node.wait(lambda: node.status().postgres == "running", "the start is seen")
+    assert told() is None
+    assert node.fence(1, 3, clean=True).state == "done"
+    assert node.cluster_state() == "shut down in recovery"
+    assert told() is None
+    node.make_writable(2, 1)
+    assert node.fence(2, 2).state == "done"
+    assert told() is None
+    node.make_writable(3, 1)
+    node.wait(lambda: node.status().fence_proven, "an own fence at the lease's end")
+    assert told() is None
+
+
 def test_a_path_that_is_not_a_socket_is_left_alone(node: Node) -> None:
     (node.run / "fencer.sock").write_text("mine")
     done = subprocess.run(node.argv(), check=False, capture_output=True, text=True)
