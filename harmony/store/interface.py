@@ -20,6 +20,16 @@ class Entry(msgspec.Struct, frozen=True):
     created_ns: int
 
 
+class StoreFacts(msgspec.Struct, frozen=True):
+    """The store itself. `lineage` names this history of it ("" where there is none): another one was made anew.
+
+    `problem`: what is not as Harmony needs it, in words; writes may work all the same ("" where all is right).
+    """
+
+    lineage: str
+    problem: str
+
+
 WatchCallback = Callable[[Entry], None]
 
 
@@ -35,6 +45,15 @@ class Store(Protocol):
 
     @property
     def connected(self) -> bool: ...
+
+    @property
+    def facts(self) -> StoreFacts | None:
+        """As last looked at: at each connection, about every 10 s, and where a call found no bucket. None: not yet."""
+        ...
+
+    def allow_creation(self) -> None:
+        """From now on make the bucket, once, where it is missing: an operator accepts that its history is lost."""
+        ...
 
     async def get(self, key: str, *, timeout_s: float) -> Entry | None:
         """The key's newest entry, or None where there is none (or it was deleted)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import trio
 
 from harmony.errors import SequenceMismatch, StoreUnavailable
-from harmony.store.interface import Entry, WatchCallback
+from harmony.store.interface import Entry, StoreFacts, WatchCallback
 
 
 @dataclass
@@ -24,10 +24,13 @@ class Faults:
 
 @dataclass
 class MemoryServer:
-    """The shared truth. `clock_ns` is the store's clock."""
+    """The shared truth. `clock_ns` is the store's clock; `missing`: the bucket is gone."""
 
     clock_ns: Callable[[], int] = time.time_ns
     revision: int = 0
+    lineage: str = "memory-1"
+    problem: str = ""
+    missing: bool = False
     data: dict[tuple[str, str], Entry] = field(default_factory=dict)
     watchers: list[tuple[str, WatchCallback]] = field(default_factory=list)
 
@@ -48,6 +51,24 @@ class MemoryStore:
     def connected(self) -> bool:
         return not self.faults.disconnected
 
+    @property
+    def facts(self) -> StoreFacts:
+        """As the server now has it."""
+        server = self._server
+        return (
+            StoreFacts("", f"{self._bucket} is gone")
+            if server.missing
+            else StoreFacts(server.lineage, server.problem)
+        )
+
+    def allow_creation(self) -> None:
+        """Make the bucket anew where it is missing."""
+        server = self._server
+        if server.missing:
+            server.data.clear()
+            server.revision, server.missing = 0, False
+            server.lineage = f"memory-{int(server.lineage.rpartition('-')[2]) + 1}"
+
     async def _arrive(self, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s) as scope:
             await trio.sleep(self.faults.delay_s)
@@ -55,6 +76,8 @@ class MemoryStore:
             raise StoreUnavailable(f"no answer within {timeout_s:g} s")
         if self.faults.disconnected:
             raise StoreUnavailable("disconnected")
+        if self._server.missing:
+            raise StoreUnavailable(f"no stream: {self._bucket} is gone")
 
     async def get(self, key: str, *, timeout_s: float) -> Entry | None:
         """The key's entry."""

@@ -12,7 +12,7 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 
 import nats
@@ -24,20 +24,21 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from harmony.errors import SequenceMismatch, StoreMisconfigured, StoreUnavailable
-from harmony.store.interface import Entry, WatchCallback
+from harmony.store import bucket as buckets
+from harmony.store.bucket import type_json
+from harmony.store.interface import Entry, StoreFacts, WatchCallback
+from harmony.store.monitor import Monitors
 
-HISTORY = 64
 CONNECT_TIMEOUT_S = 2.0
 SETUP_TIMEOUT_S = 5.0
 CHECK_CONSUMER_S = 1.0
+CHECK_FACTS_S = 10.0
 MAX_REASON = 300
 _MISMATCH = {10071, 10164}
 _STREAM_MISSING = 10059
 _MESSAGE_MISSING = 10037
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z\Z")
 log = structlog.get_logger("store")
-
-type_json = dict[str, object]
 
 
 class _ApiError(Exception):
@@ -58,7 +59,16 @@ def time_ns(text: str) -> int:
 class NatsStore:
     """See harmony.store.interface.Store. Made by `open_nats`."""
 
-    def __init__(self, urls: list[str], cluster_id: str, replicas: int, credentials_file: str | None) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        cluster_id: str,
+        replicas: int,
+        credentials_file: str | None,
+        monitor_urls: Sequence[str] = (),
+        *,
+        may_create: bool = True,
+    ) -> None:
         self._urls = urls
         self._bucket = f"harmony_{cluster_id}"
         self._stream = f"KV_{self._bucket}"
@@ -67,7 +77,10 @@ class NatsStore:
         self._client: Client | None = None
         self._epoch = 0
         self._misconfigured: str | None = None
-        self._existed = False
+        self._may_create = may_create
+        self._looked: StoreFacts | None = None
+        self._look_again = trio.Event()
+        self.monitors = Monitors(monitor_urls, CHECK_FACTS_S)
         self._why = "not connected yet"
         self._watchers: dict[int, tuple[WatchCallback, dict[str, int]]] = {}
         self._serial = 0
@@ -83,6 +96,19 @@ class NatsStore:
     def connected(self) -> bool:
         """Whether a connection is up and its bucket was found right."""
         return self._client is not None
+
+    @property
+    def facts(self) -> StoreFacts | None:
+        """See the interface; with what the monitoring ports say."""
+        if self._looked is None:
+            return None
+        found = [p for p in (self._looked.problem, *self.monitors.problems) if p]
+        return StoreFacts(self._looked.lineage, "; ".join(found))
+
+    def allow_creation(self) -> None:
+        """See the interface."""
+        self._may_create = True
+        self._look_again.set()
 
     # ------------------------------------------------------------ the connection
 
@@ -110,6 +136,7 @@ class NatsStore:
                     log.info("store connected", url=url, bucket=self._bucket)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._watching, client)
+                        nursery.start_soon(self._looking, client)
                         await self._closed.wait()
                         nursery.cancel_scope.cancel()
                     self._tell(f"{url}: connection lost")
@@ -147,60 +174,61 @@ class NatsStore:
         )
 
     async def _setup(self, client: Client, url: str) -> bool:
-        """Find the bucket right, or make it (once in this process's life). False: try again later."""
+        """Look at the bucket for the first time on this connection. False: try again later."""
         try:
-            with trio.fail_after(SETUP_TIMEOUT_S):
-                try:
-                    info = await self._api(client, f"STREAM.INFO.{self._stream}", {})
-                except _ApiError as e:
-                    if e.code != _STREAM_MISSING:
-                        raise
-                    if self._existed:
-                        self._tell(f"no stream {self._stream} any more: its history is lost; not made again")
-                        return False
-                    info = await self._api(client, f"STREAM.CREATE.{self._stream}", self._wanted())
+            return await self._look(client)
         except (_ApiError, StoreUnavailable, trio.TooSlowError) as e:
             self._tell(f"{url}: {e or 'no answer from JetStream'}")
             return False
-        config = info.get("config")
-        wrong = self._differences(config if isinstance(config, dict) else {})
+
+    async def _look(self, client: Client) -> bool:
+        """Hold the stream against what it must be; make it where that is allowed (once). False: of no use.
+
+        Raises _ApiError, StoreUnavailable, TooSlowError: nothing is known that was not known before.
+        """
+        with trio.fail_after(SETUP_TIMEOUT_S):
+            try:
+                info = await self._api(client, f"STREAM.INFO.{self._stream}", {})
+            except _ApiError as e:
+                if e.code != _STREAM_MISSING:
+                    raise
+                if not self._may_create:
+                    self._looked = StoreFacts("", buckets.gone(self._bucket))
+                    self._tell(self._looked.problem)
+                    return False
+                made = buckets.wanted(self._bucket, self._replicas)
+                info = await self._api(client, f"STREAM.CREATE.{self._stream}", made)
+        self._may_create = False
+        found = info.get("config")
+        config = found if isinstance(found, dict) else {}
+        wrong = buckets.impossible(config, self._bucket)
+        self._misconfigured = None
         if wrong:
             self._misconfigured = (
-                f"bucket {self._bucket} is not as Harmony needs it: {'; '.join(wrong)}. "
+                f"nothing can be written to the bucket {self._bucket}: {'; '.join(wrong)}. "
                 f"Correct the stream {self._stream} (nats stream edit), or use another cluster.id"
             )
             self._tell(self._misconfigured)
             return False
-        self._misconfigured = None
-        self._existed = True
+        weak = buckets.problems(config, self._replicas)
+        weak = [f"the stream {self._stream} is weaker than it must be: {'; '.join(weak)}"] if weak else []
+        weak += buckets.too_old(_version(client))
+        self._looked = StoreFacts(f"{self._stream} of {info.get('created')}", "; ".join(weak))
         return True
 
-    def _wanted(self) -> type_json:
-        return {
-            "name": self._stream,
-            "subjects": [f"$KV.{self._bucket}.>"],
-            "storage": "file",
-            "retention": "limits",
-            "discard": "new",
-            "max_msgs_per_subject": HISTORY,
-            "max_age": 0,
-            "max_msgs": -1,
-            "max_bytes": -1,
-            "num_replicas": self._replicas,
-            "allow_direct": False,
-            "deny_delete": True,
-            "deny_purge": True,
-            "allow_rollup_hdrs": False,
-        }
-
-    def _differences(self, found: type_json) -> list[str]:
-        names = ["subjects", "storage", "max_msgs_per_subject", "max_age", "num_replicas", "allow_direct"]
-        wanted, defaults = self._wanted(), {"max_age": 0, "allow_direct": False}
-        return [
-            f"{name} is {found.get(name, defaults.get(name))}, must be {wanted[name]}"
-            for name in names
-            if found.get(name, defaults.get(name)) != wanted[name]
-        ]
+    async def _looking(self, client: Client) -> None:
+        """Again and again on this connection, and at once where a call found no stream."""
+        while True:
+            with trio.move_on_after(CHECK_FACTS_S):
+                await self._look_again.wait()
+            self._look_again = trio.Event()
+            try:
+                if not await self._look(client):
+                    self._closed.set()
+                    return
+            except (_ApiError, StoreUnavailable, trio.TooSlowError) as e:
+                log.debug("the stream's state is not known", why=str(e))
+            await trio.sleep(0.2)
 
     # ------------------------------------------------------------ requests
 
@@ -212,6 +240,8 @@ class NatsStore:
                 subject, payload, timeout=60, headers=headers
             )
         except (OSError, nats.errors.Error, TimeoutError) as e:
+            if isinstance(e, nats.errors.NoRespondersError):
+                self._look_again.set()
             raise StoreUnavailable(f"{type(e).__name__} {e}".strip()) from e
         return bytes(answer.data)
 
@@ -233,7 +263,10 @@ class NatsStore:
             except _ApiError as e:
                 if e.code in _MISMATCH:
                     raise SequenceMismatch(str(e)) from e
-                raise StoreUnavailable(f"no stream: {e}" if e.code == _STREAM_MISSING else str(e)) from e
+                if e.code != _STREAM_MISSING:
+                    raise StoreUnavailable(str(e)) from e
+                self._look_again.set()
+                raise StoreUnavailable(f"no stream: {e}") from e
         if scope.cancelled_caught:
             raise StoreUnavailable(f"no answer within {timeout_s:g} s")
 
@@ -367,6 +400,15 @@ class NatsStore:
                     callback(entry)
 
 
+def _version(client: Client) -> tuple[int, int] | None:
+    """Of the server at the other end."""
+    told = client.connected_server_version
+    try:
+        return int(told.major), int(told.minor)
+    except ValueError:
+        return None
+
+
 def _checked(raw: bytes) -> type_json:
     try:
         answer = json.loads(raw)
@@ -394,12 +436,19 @@ def _entry(key: str, message: object) -> Entry | None:
 
 @contextlib.asynccontextmanager
 async def open_nats(
-    urls: list[str], cluster_id: str, replicas: int, credentials_file: str | None
+    urls: list[str],
+    cluster_id: str,
+    replicas: int,
+    credentials_file: str | None,
+    monitor_urls: Sequence[str] = (),
+    *,
+    may_create: bool = True,
 ) -> AsyncIterator[NatsStore]:
     """A NatsStore that connects in the background; it opens also while the server is down."""
     async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
-        store = NatsStore(urls, cluster_id, replicas, credentials_file)
+        store = NatsStore(urls, cluster_id, replicas, credentials_file, monitor_urls, may_create=may_create)
         nursery.start_soon(store.run)
+        nursery.start_soon(store.monitors.run)
         try:
             yield store
         finally:

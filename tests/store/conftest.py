@@ -14,8 +14,10 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Protocol
 
 import pytest
+import trio_asyncio
 
 from harmony.store import open_store
 from harmony.store.interface import Store
@@ -31,16 +33,16 @@ class Server:
         self.top = Path(tempfile.mkdtemp(prefix="hs-"))
         self.listen = "127.0.0.1:-1"
         self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
+        self.url = self.monitor = ""
 
-    def start(self) -> None:
+    def start(self, sync_interval: str = "always") -> None:
         assert NATS is not None
         for old in self.top.glob("*.ports"):
             old.unlink()
         conf = self.top / "nats.conf"
         conf.write_text(
             f'listen: "{self.listen}"\nhttp: "127.0.0.1:-1"\nports_file_dir: "{self.top}"\n'
-            f'jetstream {{ store_dir: "{self.top}/js", sync_interval: always }}\n'
+            f'jetstream {{ store_dir: "{self.top}/js", sync_interval: {sync_interval} }}\n'
         )
         with (self.top / "log").open("ab") as log:
             self.process = subprocess.Popen([NATS, "-c", str(conf)], stderr=log, stdin=subprocess.DEVNULL)
@@ -51,7 +53,8 @@ class Server:
                     told = json.loads(ports.read_text())
                     self.url = told["nats"][0]
                     self.listen = self.url.removeprefix("nats://")
-                    with urllib.request.urlopen(told["monitoring"][0] + "/healthz", timeout=1) as answer:  # noqa: S310
+                    self.monitor = told["monitoring"][0]
+                    with urllib.request.urlopen(self.monitor + "/healthz", timeout=1) as answer:  # noqa: S310
                         if answer.status == 200:
                             return
             time.sleep(0.02)
@@ -100,22 +103,79 @@ def server() -> Iterator[Server]:
 Opener = Callable[[str], AbstractAsyncContextManager[Store]]
 
 
-def opener(url: str) -> Opener:
+def opener(url: str, *, monitor: str | None = None, may_create: bool = True) -> Opener:
     def opens(cluster_id: str) -> AbstractAsyncContextManager[Store]:
-        return open_store("nats", urls=[url], cluster_id=cluster_id, replicas=1, credentials_file=None)
+        return open_store(
+            "nats",
+            urls=[url],
+            cluster_id=cluster_id,
+            replicas=1,
+            credentials_file=None,
+            monitor_urls=[monitor] if monitor is not None else [],
+            may_create=may_create,
+        )
 
     return opens
+
+
+async def api(store: Store, what: str, body: object = None) -> dict[str, object]:
+    """One JetStream API request on a NatsStore's own connection."""
+    client = store._client  # type: ignore[attr-defined]
+    payload = json.dumps(body).encode() if body is not None else b""
+    answer = await trio_asyncio.aio_as_trio(client.request)(f"$JS.API.{what}", payload, timeout=2)
+    return dict(json.loads(answer.data))
+
+
+class Breaker(Protocol):
+    """What an operator, or a disaster, does to the bucket of a cluster; beside its clients."""
+
+    async def delete(self, store: Store, cluster_id: str) -> None: ...
+    async def weaken(self, store: Store, cluster_id: str) -> None: ...
+
+
+class BreakNats:
+    async def delete(self, store: Store, cluster_id: str) -> None:
+        assert (await api(store, f"STREAM.DELETE.KV_harmony_{cluster_id}"))["success"]
+
+    async def weaken(self, store: Store, cluster_id: str) -> None:
+        name = f"KV_harmony_{cluster_id}"
+        found = (await api(store, f"STREAM.INFO.{name}"))["config"]
+        assert isinstance(found, dict)
+        answer = await api(store, f"STREAM.UPDATE.{name}", {**found, "max_msgs_per_subject": 2})
+        assert "error" not in answer, answer
+
+
+class BreakMemory:
+    def __init__(self, server: MemoryServer) -> None:
+        self._server = server
+
+    async def delete(self, store: Store, cluster_id: str) -> None:
+        self._server.missing = True
+
+    async def weaken(self, store: Store, cluster_id: str) -> None:
+        self._server.problem = "max_msgs_per_subject is 2"
 
 
 @pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.real)])
 def open_client(request: pytest.FixtureRequest) -> Opener:
     """Opens clients of one server, whichever implementation."""
+    opens, _ = _one_of(request)
+    return opens
+
+
+@pytest.fixture(params=["memory", pytest.param("nats", marks=pytest.mark.real)])
+def breakable(request: pytest.FixtureRequest) -> tuple[Opener, Breaker]:
+    """The same, with what can be done to its buckets."""
+    return _one_of(request)
+
+
+def _one_of(request: pytest.FixtureRequest) -> tuple[Opener, Breaker]:
     if request.param == "nats":
-        return opener(request.getfixturevalue("shared_server").url)
+        return opener(request.getfixturevalue("shared_server").url), BreakNats()
     memory = MemoryServer()
 
     @contextlib.asynccontextmanager
     async def opens(cluster_id: str) -> AsyncIterator[Store]:
         yield MemoryStore(memory, cluster_id)
 
-    return opens
+    return opens, BreakMemory(memory)

@@ -15,7 +15,8 @@ from harmony.errors import ConfigError, SequenceMismatch, StoreMisconfigured, St
 from harmony.store import open_store
 from harmony.store.interface import Entry, Store
 from harmony.store.memory import MemoryServer, MemoryStore
-from tests.store.conftest import Opener, Server, opener
+from harmony.store.nats import NatsStore
+from tests.store.conftest import Breaker, Opener, Server, api, opener
 
 
 def cluster() -> str:
@@ -227,8 +228,55 @@ async def test_down_at_start(server: Server) -> None:
         assert await store.create("k", b"1", timeout_s=2) > 0
 
 
+async def test_the_lineage_is_of_the_history_and_the_same_for_all(breakable: tuple[Opener, Breaker]) -> None:
+    """I2, I4: what tells a bucket that was made anew from the one that this node has seen."""
+    opens, breaker = breakable
+    name = cluster()
+    async with opens(name) as a, opens(name) as b:
+        await up(a)
+        await up(b)
+        await a.create("k", b"1", timeout_s=2)
+        before = a.facts
+        assert before is not None
+        assert before.lineage
+        assert before.problem == ""
+        assert b.facts == before
+        await breaker.delete(a, name)
+        for store in (a, b):
+            with pytest.raises(StoreUnavailable):
+                await store.get("k", timeout_s=2)
+        await until(lambda: a.facts is not None and "is gone" in a.facts.problem)
+        assert a.facts is not None
+        assert a.facts.lineage == ""
+        await trio.sleep(0.3)
+        with pytest.raises(StoreUnavailable):  # and nobody makes it again
+            await a.create("k", b"2", timeout_s=1)
+        a.allow_creation()
+        await until(lambda: a.connected and a.facts is not None and a.facts.problem == "")
+        assert a.facts is not None
+        assert a.facts.lineage not in {"", before.lineage}
+        assert await a.get("k", timeout_s=2) is None
+        assert await a.create("k", b"2", timeout_s=2) > 0
+        await until(lambda: b.facts == a.facts and b.connected, 15)
+
+
+async def test_a_weaker_bucket_is_named_and_goes_on_working(breakable: tuple[Opener, Breaker]) -> None:
+    """I2: a problem is for the core to distrust; who leads must be able to renew all the same."""
+    opens, breaker = breakable
+    name = cluster()
+    async with opens(name) as store:
+        await up(store)
+        await breaker.weaken(store, name)
+        if isinstance(store, NatsStore):
+            store._look_again.set()  # about 10 s early
+        await until(lambda: store.facts is not None and "max_msgs_per_subject is 2" in store.facts.problem)
+        revision = await store.create("k", b"1", timeout_s=2)
+        assert await store.update("k", b"2", revision, timeout_s=2) > revision
+
+
 @pytest.mark.real
-async def test_a_wrong_bucket_is_found_and_every_difference_named(server: Server) -> None:
+async def test_every_weakness_is_named(server: Server) -> None:
+    """I2: each difference with what is there and what must be; calls work."""
     name = cluster()
     async with opener(server.url)("other") as helper:
         await up(helper)
@@ -241,20 +289,57 @@ async def test_a_wrong_bucket_is_found_and_every_difference_named(server: Server
             "allow_direct": True,
             "num_replicas": 1,
         }
-        client = helper._client  # type: ignore[attr-defined]
-        body = json.dumps(config).encode()
-        await trio_asyncio.aio_as_trio(client.request)(
-            f"$JS.API.STREAM.CREATE.KV_harmony_{name}", body, timeout=2
-        )
+        await api(helper, f"STREAM.CREATE.KV_harmony_{name}", config)
     async with opener(server.url)(name) as store:
-        text = ""
-        with trio.fail_after(10):
-            while not text:
-                try:
-                    await store.get("k", timeout_s=0.5)
-                except StoreMisconfigured as e:
-                    text = str(e)
-                except StoreUnavailable:
-                    await trio.sleep(0.05)
-    for difference in ("storage", "max_msgs_per_subject", "max_age", "allow_direct"):
-        assert difference in text
+        await up(store)
+        assert store.facts is not None
+        for difference in ("storage", "max_msgs_per_subject", "max_age", "allow_direct"):
+            assert difference in store.facts.problem
+        assert await store.create("k", b"1", timeout_s=2) > 0
+
+
+@pytest.mark.real
+async def test_a_bucket_that_cannot_be_written_is_an_error_of_its_own(server: Server) -> None:
+    """C3: with other subjects no heartbeat could ever be stored: said at once, with what to do."""
+    name = cluster()
+    async with opener(server.url)("other") as helper:
+        await up(helper)
+        config = {"name": f"KV_harmony_{name}", "subjects": [f"elsewhere.{name}.>"], "num_replicas": 1}
+        await api(helper, f"STREAM.CREATE.KV_harmony_{name}", config)
+    async with opener(server.url)(name) as store:
+        await until(lambda: store._misconfigured is not None)  # type: ignore[attr-defined]
+        with pytest.raises(StoreMisconfigured, match="subjects is"):
+            await store.get("k", timeout_s=0.5)
+
+
+@pytest.mark.real
+async def test_who_has_seen_a_bucket_does_not_make_it(server: Server) -> None:
+    """I2: an empty store where there was one is the loss of all terms, not a first start."""
+    async with opener(server.url, may_create=False)(cluster()) as store:
+        await until(lambda: store.facts is not None)
+        assert store.facts is not None
+        assert "is gone" in store.facts.problem
+        assert not store.connected
+
+
+@pytest.mark.real
+async def test_lax_sync_settings_are_seen_through_the_monitoring_port(server: Server) -> None:
+    """I2: acknowledged and not on disk: only the monitoring port tells; a silent port changes nothing."""
+    name = cluster()
+    async with opener(server.url, monitor=server.monitor)(name) as store:
+        await up(store)
+        await until(lambda: store.monitors._found)  # type: ignore[attr-defined]
+        assert store.facts is not None
+        assert store.facts.problem == ""
+        lineage = store.facts.lineage
+    server.stop()
+    server.start(sync_interval="30s")
+    async with opener(server.url, monitor=server.monitor)(name) as store:
+        await up(store)
+        await until(lambda: store.facts is not None and store.facts.problem != "")
+        assert store.facts is not None
+        assert "sync_interval 30 s, must be always" in store.facts.problem
+        assert store.facts.lineage == lineage  # over a restart of the server
+        server.stop()
+        await store.monitors._ask(server.monitor)  # type: ignore[attr-defined]
+        assert "sync_interval 30 s" in store.facts.problem
