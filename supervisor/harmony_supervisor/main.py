@@ -61,10 +61,12 @@ def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> N
     run_dir.mkdir(parents=True, exist_ok=True)
     run_dir.chmod(0o755)
     state_dir.mkdir(parents=True, exist_ok=True)
-    state_dir.chmod(0o700)
+    state_dir.chmod(0o711)  # the agent's folder is in it; what else is there is its owner's alone
     (run_dir / "agent").mkdir(exist_ok=True)
+    (state_dir / "agent").mkdir(mode=0o700, exist_ok=True)
     if owner is not None:
         os.chown(run_dir / "agent", *owner)
+        os.chown(state_dir / "agent", *owner)
 
 
 def _steady() -> None:
