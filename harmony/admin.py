@@ -1,23 +1,44 @@
 """The agent's admin socket: what is asked and answered there. One JSON line each way, then it closes.
 
-Read-only: nothing on this socket changes anything.
+Everybody may ask for the status; only root and the agent's own user may have a store accepted that it distrusts.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 import msgspec
 
+from harmony.core.messages import Marks
 from harmony.records import ClusterState, Member
 
 MAX_LINE_BYTES = 1024 * 1024
 
 
-class StatusQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StatusQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="status"):
     """`{"op": "status"}`."""
 
-    op: Literal["status"]
+
+class AcceptRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="accept"):
+    """Take the store as it is now. `create`: where it is empty, this node founds the cluster anew."""
+
+    create: bool
+    who: Annotated[str, msgspec.Meta(max_length=500)]
+
+
+Query = StatusQuery | AcceptRequest
+
+
+class AcceptReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was accepted, in words."""
+
+    accepted: str
+
+
+class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why nothing was done."""
+
+    error: str
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -31,8 +52,27 @@ class NodeView(msgspec.Struct, frozen=True):
     alive: bool  # its record changed within failover_timeout
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """cluster_state as the store has last answered with it. Revision 0: it has none."""
+
+    revision: int
+    term: int
+    primary: str | None
+    age_s: float
+
+
+class StoreView(msgspec.Struct, frozen=True):
+    """What the agent knows of the store, and what the store shows it."""
+
+    lineage: str = ""  # "": there is no bucket, or it was not looked at yet
+    problem: str = ""
+    marks: Marks = Marks()  # the most that this node has seen of it
+    shown: Shown | None = None  # None: not read yet
+    memory: str = ""  # why the marks could not be read from disk, or are not kept there; "": they are
+
+
 class SelfView(msgspec.Struct, frozen=True):
-    """The answering agent."""
+    """The answering agent. What has a default is newer: an agent that was not restarted yet does not tell it."""
 
     node: str
     state: str
@@ -44,6 +84,12 @@ class SelfView(msgspec.Struct, frozen=True):
     fencer_ok: bool
     fencer_detail: str
     latched: str | None
+    distrust: str = ""  # why it does not trust the store; "": it does
+    stopped: str = ""  # why no failover happens by itself; "": it does
+    changes: int = 0  # failovers since the last that an operator has acknowledged
+    retiring: bool = False  # it was asked to stop
+    successor: str | None = None  # to whom it hands leadership over now
+    store: StoreView = StoreView()
 
 
 class StatusReply(msgspec.Struct, frozen=True):

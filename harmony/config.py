@@ -24,6 +24,7 @@ _HOST = r"^[A-Za-z0-9_.:-]{1,253}\Z"
 _ABSOLUTE = r"^/[^\x00-\x1f']*\Z"
 _ROLE = r"^[^\s:/'-][^\s:/']{0,62}\Z"
 _URL = r"^(nats|tls|ws|wss)://[^\s,/]+/?\Z"
+_MONITOR = r"^https?://[^\s,/@]+/?\Z"
 _ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
 _LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
 _UNIT = r"^[A-Za-z0-9:_.@\\-]{1,200}\.service\Z"
@@ -33,6 +34,7 @@ WORDS = {
     _ABSOLUTE: "an absolute path, without quotes",
     _ROLE: "a user, role or database name without spaces, quotes, : and /",
     _URL: "nats://HOST:PORT (or tls, ws, wss)",
+    _MONITOR: "http://HOST:PORT (or https), the server's monitoring port, without user and password",
     _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
     _UNIT: "a service's name with .service at its end",
     _LISTEN: "addresses separated by commas, or *",
@@ -44,9 +46,11 @@ Name = Annotated[str, msgspec.Meta(pattern=_NAME)]
 Absolute = Annotated[str, msgspec.Meta(pattern=_ABSOLUTE)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+Window = Annotated[float, msgspec.Meta(gt=0, le=604_800)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100)]
 Role = Annotated[str, msgspec.Meta(pattern=_ROLE)]
 Url = Annotated[str, msgspec.Meta(pattern=_URL)]
+MonitorUrl = Annotated[str, msgspec.Meta(pattern=_MONITOR)]
 Unit = Annotated[str, msgspec.Meta(pattern=_UNIT)]
 
 
@@ -79,6 +83,9 @@ class StoreSection(_Section, frozen=True):
     )
     replicas: Literal[1, 3, 5] = 1
     credentials_file: Absolute | None = None
+    monitor_urls: Annotated[list[MonitorUrl], msgspec.Meta(max_length=16)] = msgspec.field(
+        default_factory=list
+    )
 
 
 class TimingSection(_Section, frozen=True):
@@ -96,6 +103,15 @@ class Replication(_Section, frozen=True):
     mode: Literal["quorum", "off"] = "quorum"
     synchronous_count: Annotated[int, msgspec.Meta(ge=1, le=31)] = 1
     maximum_lag_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1_048_576
+
+
+class Failover(_Section, frozen=True):
+    failback: Literal["off", "automatic"] = "off"
+    failback_after_s: Window = 60.0
+    maximum_changes: Annotated[int, msgspec.Meta(ge=0, le=32)] = 5
+    changes_window_s: Window = 3600.0
+    flap_window_s: Window = 600.0
+    on_stop: Literal["handover", "fence"] = "handover"
 
 
 class Postgresql(_Section, frozen=True):
@@ -145,6 +161,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     store: StoreSection
     timing: Timing
     replication: Replication
+    failover: Failover
     postgresql: Postgresql
     watchdog: Watchdog
     agent: Agent
@@ -158,6 +175,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "store": StoreSection,
     "timing": TimingSection,
     "replication": Replication,
+    "failover": Failover,
     "postgresql": Postgresql,
     "watchdog": Watchdog,
     "agent": Agent,
@@ -173,7 +191,7 @@ def _hint(word: str, known: list[str]) -> str:
 
 def _value(kind: object, key: str, value: object, *, strict: bool = True) -> tuple[object, str | None]:
     """(converted, None) or (None, what is wrong). URLs are not repeated: they may hold a password."""
-    shown = "the value" if key == "urls" else repr(value)[:80]
+    shown = "the value" if key.endswith("urls") else repr(value)[:80]
     try:
         converted: object = msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as e:
@@ -234,7 +252,7 @@ def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[
             )
             continue
         section, field = kinds[variable]
-        given: object = [part.strip() for part in text.split(",")] if field.name == "urls" else text
+        given: object = [part.strip() for part in text.split(",")] if field.name.endswith("urls") else text
         value, wrong = _value(field.type, field.name, given, strict=False)
         table = raw.setdefault(section, {})
         if isinstance(table, dict) and wrong is None:

@@ -21,7 +21,7 @@ TEXT: dict[str, tuple[str, str]] = {
     ),
     "node.nofailover": ("true: never promote this node", "one candidate fewer"),
     "node.state_dir": (
-        "folder kept over reboots: generations and latch",
+        "folder kept over reboots: generations, latch, what was seen of the store",
         "losing it makes the node a stranger",
     ),
     "node.run_dir": (
@@ -40,6 +40,10 @@ TEXT: dict[str, tuple[str, str]] = {
     "store.credentials_file": (
         "NATS credentials file",
         "needed where the server demands it",
+    ),
+    "store.monitor_urls": (
+        "monitoring ports of the NATS servers, to see that they sync every write before they acknowledge it",
+        "left out: sync_interval is not checked, and a power cut may take acknowledged writes (docs/store.md)",
     ),
     "timing.preset": (
         "fast, standard or wan; single values below override it",
@@ -84,6 +88,30 @@ TEXT: dict[str, tuple[str, str]] = {
     "replication.maximum_lag_bytes": (
         "mode off: largest lag of a candidate",
         "higher: more may be lost; lower: a failover may find no candidate",
+    ),
+    "failover.failback": (
+        "automatic: leadership goes back to the preferred primary by a hand-over; off: it stays where it is",
+        "automatic: one short outage more after each failover",
+    ),
+    "failover.failback_after_s": (
+        "how long the preferred primary must have been able to lead before it is handed leadership back",
+        "lower: back sooner, and to and fro where that host is unsteady",
+    ),
+    "failover.maximum_changes": (
+        "after so many failovers within changes_window_s no more until `harmonyctl acknowledge`; 0: no limit",
+        "lower: somebody must look sooner; 0: an unsteady cluster changes its primary for ever",
+    ),
+    "failover.changes_window_s": (
+        "over what time failovers are counted",
+        "higher: slower series of failovers are stopped, too",
+    ),
+    "failover.flap_window_s": (
+        "who has lost leadership by its own failure so recently needs more good heartbeats to lead again",
+        "higher: an unsteady node is kept from leading longer",
+    ),
+    "failover.on_stop": (
+        "what a primary does when Harmony is stopped: handover, to a standby that can take it; fence: it stops",
+        "fence: writes end until the others have elected a primary",
     ),
     "postgresql.data_dir": (
         "the data directory; initialised, and owned by postgresql.user",
@@ -198,7 +226,7 @@ def _range(t: msgspec.inspect.Type) -> str:
         case msgspec.inspect.FloatType(gt=gt, le=le):
             return f"above {gt:g}, to {le:g}"
         case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
-            return f"{low} to {high} of: {_range(item)}"
+            return f"{low or 0} to {high} of: {_range(item)}"
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return WORDS[pattern]
         case _:

@@ -12,6 +12,7 @@ import msgspec
 from harmony.core.states import State
 
 CLUSTER_STATE = "cluster_state"
+CONTROL = "control"
 MEMBER_PREFIX = "member."
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -38,6 +39,30 @@ class ClusterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lsn: Count
     sync_count: Count
     sync_voters: tuple[str, ...]
+    # the hand-over under way: whom the leader has named, on whose request; in a vacancy: who goes first
+    successor: str | None = None
+    request: str = ""  # id of the switchover request that it answers; empty: the leader's own doing
+    clean: bool = False  # of a vacancy: PostgreSQL was shut down cleanly, and `lsn` is all there will ever be
+    refused: tuple[str, str] | None = None  # (id, why) of a switchover request that came to nothing
+    # leadership that was taken without a hand-over: (term, the store's time of what was replaced), newest last
+    changes: tuple[tuple[int, int], ...] = ()
+
+
+class Switchover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A wish of an operator: that `to` (None: the best) leads. It is about one `term`, and dies with it."""
+
+    id: str
+    to: str | None
+    term: Count
+    who: str
+
+
+class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What operators ask of the cluster. `acknowledged`: the term up to which changes have been looked into."""
+
+    attempt: str
+    acknowledged: Count = 0
+    switchover: Switchover | None = None
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,13 +91,16 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fencer_ok: bool
     system_identifier: str | None
     version: str
+    confirms: Count = 0  # the term in which this node, named as the successor, has said: ready
+    distrust: str = ""  # why this node does not trust the store
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)
 _member: msgspec.json.Decoder[Member] = msgspec.json.Decoder(Member)
+_control: msgspec.json.Decoder[Control] = msgspec.json.Decoder(Control)
 
 
-def encode(record: ClusterState | Member) -> bytes:
+def encode(record: ClusterState | Member | Control) -> bytes:
     """JSON bytes of a record."""
     return msgspec.json.encode(record)
 
@@ -85,3 +113,8 @@ def decode_cluster(value: bytes) -> ClusterState:
 def decode_member(value: bytes) -> Member:
     """Raises msgspec.DecodeError on anything else than a whole Member."""
     return _member.decode(value)
+
+
+def decode_control(value: bytes) -> Control:
+    """Raises msgspec.DecodeError on anything else than a whole Control."""
+    return _control.decode(value)

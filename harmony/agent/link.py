@@ -95,7 +95,7 @@ class FencerLink:
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
         else:
-            request = protocol.Fence(generation=generation, reason=o.reason)
+            request = protocol.Fence(generation=generation, reason=o.reason, clean=o.clean)
         reply = await client.request(request, timeout_s=ANSWER_S)
         if isinstance(reply, protocol.Refusal):
             log.warning(
@@ -133,4 +133,5 @@ def _view(s: protocol.Status) -> FencerView:
         is_standby=s.is_standby,
         system_identifier=s.system_identifier,
         latched=f"{s.latch.reason} (by {s.latch.who}, {s.latch.at_utc})" if s.latch is not None else None,
+        shutdown_lsn=s.shutdown_lsn,
     )

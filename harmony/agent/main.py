@@ -9,9 +9,10 @@ import argparse
 import os
 import signal
 import socket
-import stat
 import sys
 import uuid
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,17 +20,19 @@ import msgspec
 import structlog
 import trio
 
-from harmony.admin import MAX_LINE_BYTES, StatusQuery
+from harmony.agent.memory import Memory, load
 from harmony.agent.probe import Probe, Target
-from harmony.agent.shell import Shell
+from harmony.agent.serve import bind, serve
+from harmony.agent.shell import Shell, World
 from harmony.config import Config
-from harmony.core.view import Identity
+from harmony.core.messages import Event, Marks, Remembered, Retiring
+from harmony.core.view import Identity, Policy
 from harmony.errors import EXIT_CONFIG, FatalError
 from harmony.logs import configure_logging
 from harmony.store import open_store
 
-ADMIN_TIMEOUT_S = 2.0
-ADMIN_CONNECTIONS = 16
+MEMORY_S = 10.0  # longest wait for the agent's own disk at start; then the supervisor starts another one
+RETIRING_S = 2.0  # over fence_timeout: below what the supervisor waits for an agent that it has asked to stop
 log = structlog.get_logger("agent")
 
 
@@ -88,57 +91,24 @@ class Supervision:
                 return
 
 
-async def _admin(listener: trio.SocketListener, shell: Shell) -> None:
-    """Answer one status question per connection; slow or wrong clients cost nothing but a slot."""
-    limit = trio.CapacityLimiter(ADMIN_CONNECTIONS)
-
-    async def answer(stream: trio.SocketStream) -> None:
-        async with stream, limit:
-            with trio.move_on_after(ADMIN_TIMEOUT_S):
-                line = b""
-                while b"\n" not in line and len(line) < 1024:
-                    chunk = await stream.receive_some(1024)
-                    if not chunk:
-                        return
-                    line += chunk
-                try:
-                    msgspec.json.decode(line, type=StatusQuery)
-                    reply = msgspec.json.encode(shell.status())
-                except msgspec.DecodeError as e:
-                    reply = msgspec.json.encode({"error": f"bad request: {e}"})
-                await stream.send_all(reply[:MAX_LINE_BYTES] + b"\n")
-
-    async def guarded(stream: trio.SocketStream) -> None:
-        try:
-            await answer(stream)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("a status client went away")
-
-    await trio.serve_listeners(guarded, [listener])
-
-
-def _bind(path: Path) -> socket.socket:
-    if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-        raise FatalError(f"{path} exists and is not a socket: move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(str(path))
-    path.chmod(0o666)  # status is for everybody; the socket answers nothing else
-    sock.listen(ADMIN_CONNECTIONS)
-    return sock
-
-
-async def _signals(cancel: trio.CancelScope) -> None:
+async def on_signals(
+    post: Callable[[Event], None], cancel: trio.CancelScope, *, hand_over: bool, bound_s: float
+) -> None:
+    """The first one retires the agent, which ends by itself when nothing holds it; a second one ends it at once."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("asked to stop; the fencer ends what we lead", signal=signal.Signals(number).name)
-            cancel.cancel()
-            return
+        name = signal.Signals(await anext(signals)).name
+        log.info("asked to stop; what we lead is handed over, or ended by the fencer", signal=name)
+        post(Retiring(hand_over))
+        why = f"it has taken {bound_s:g} s"
+        with trio.move_on_after(bound_s):
+            why = f"asked again ({signal.Signals(await anext(signals)).name})"
+        log.warning("ending now", why=why)
+        cancel.cancel()
 
 
 def identity(config: Config) -> Identity:
     """What the core must know of this node and does not change."""
+    f = config.failover
     count = config.replication.synchronous_count if config.replication.mode == "quorum" else 0
     return Identity(
         node=config.node.name,
@@ -152,17 +122,27 @@ def identity(config: Config) -> Identity:
         instance=uuid.uuid4().hex[:12],
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         version=version("harmony-ha"),
+        policy=Policy(
+            preferred_primary=config.cluster.preferred_primary,
+            failback=f.failback,
+            failback_after_s=f.failback_after_s,
+            maximum_changes=f.maximum_changes,
+            changes_window_s=f.changes_window_s,
+            flap_window_s=f.flap_window_s,
+        ),
     )
 
 
 async def run(config: Config, supervisor_fd: int | None) -> None:
-    """Run the agent until SIGTERM, the supervisor's death, or an error."""
-    run_dir = Path(config.node.run_dir)
+    """Run the agent until it has retired, the supervisor's death, or an error."""
+    run_dir, folder = Path(config.node.run_dir), Path(config.node.state_dir) / "agent"
     p = config.postgresql
     port = config.members[config.node.name].port
     probe = Probe(Target(p.socket_dir, port, p.db_user, p.db_name))
     supervision = Supervision(supervisor_fd)
     s = config.store
+    with trio.fail_after(MEMORY_S):  # before the store is touched: whether it lost anything is judged by this
+        remembered = await trio.to_thread.run_sync(load, folder, config.cluster.id, abandon_on_cancel=True)
     async with (
         open_store(
             s.type,
@@ -170,17 +150,33 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
             cluster_id=config.cluster.id,
             replicas=s.replicas,
             credentials_file=s.credentials_file,
+            monitor_urls=s.monitor_urls,
+            may_create=remembered == Remembered(Marks()),
         ) as store,
         trio.open_nursery() as nursery,
     ):
-        shell = Shell(config, identity(config), store, probe, str(run_dir / "fencer.sock"), supervision.say)
-        listener = trio.SocketListener(
-            trio.socket.from_stdlib_socket(_bind(run_dir / "agent" / "agent.sock"))
+        memory = Memory(folder, config.cluster.id)
+        world = World(store, probe, memory, remembered, str(run_dir / "fencer.sock"), supervision.say)
+        shell = Shell(config, identity(config), world)
+        listener = bind(run_dir / "agent" / "agent.sock")
+
+        async def decide() -> None:
+            await shell.run()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(
+            partial(
+                on_signals,
+                shell.post,
+                nursery.cancel_scope,
+                hand_over=config.failover.on_stop == "handover",
+                bound_s=config.timing.fence_timeout_s + RETIRING_S,
+            )
         )
-        nursery.start_soon(_signals, nursery.cancel_scope)
         nursery.start_soon(supervision.run, nursery.cancel_scope)
-        nursery.start_soon(_admin, listener, shell)
-        nursery.start_soon(shell.run)
+        nursery.start_soon(memory.run)
+        nursery.start_soon(serve, listener, shell)
+        nursery.start_soon(decide)
 
 
 def main() -> None:

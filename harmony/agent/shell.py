@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 import structlog
 import trio
 
-from harmony.admin import NodeView, SelfView, StatusReply
+from harmony.admin import AcceptReply, ErrorReply, NodeView, SelfView, Shown, StatusReply, StoreView
 from harmony.agent.link import FencerLink
+from harmony.agent.memory import Memory
 from harmony.agent.probe import Probe
 from harmony.config import Config
 from harmony.core.messages import (
+    Accepted,
     ClusterSeen,
     Command,
     Connected,
+    ControlSeen,
     Event,
     Fatal,
     Log,
@@ -30,17 +34,30 @@ from harmony.core.messages import (
     ReadFailed,
     Refresh,
     RefreshDone,
+    Remember,
+    Remembered,
     Renew,
+    Stop,
+    StoreSeen,
     Write,
     WriteDone,
 )
 from harmony.core.node import initial, step
+from harmony.core.observe import stale, stopped
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.timing import NS, Timing
-from harmony.core.view import Identity, View, alive, stale
+from harmony.core.view import Identity, View, alive, distrust
 from harmony.errors import FatalError, SequenceMismatch, StoreMisconfigured, StoreUnavailable
-from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, decode_cluster, decode_member, encode
-from harmony.store.interface import Entry, Store
+from harmony.records import (
+    CLUSTER_STATE,
+    CONTROL,
+    MEMBER_PREFIX,
+    decode_cluster,
+    decode_control,
+    decode_member,
+    encode,
+)
+from harmony.store.interface import Entry, Store, StoreFacts
 
 TICK_S = 0.05
 MAX_EVENTS = 4096
@@ -52,31 +69,40 @@ def boot_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-class Shell:
-    """The running agent. `on_ready` is called once, after the first look at fencer or store."""
+@dataclass(frozen=True)
+class World:
+    """What the agent stands on. `remembered`: what its disk held at start; `say`: its line of status."""
 
-    def __init__(
-        self,
-        config: Config,
-        me: Identity,
-        store: Store,
-        probe: Probe,
-        fencer_socket: str,
-        say: Callable[[str], None],
-    ) -> None:
+    store: Store
+    probe: Probe
+    memory: Memory
+    remembered: Remembered
+    fencer_socket: str
+    say: Callable[[str], None]
+
+
+class Shell:
+    """The running agent."""
+
+    def __init__(self, config: Config, me: Identity, world: World) -> None:
         self._config = config
         self._me = me
         self._timing: Timing = config.timing
-        self._store = store
-        self._probe = probe
-        self._say = say
+        self._store = world.store
+        self._probe = world.probe
+        self._memory = world.memory
+        self._damage = world.remembered.damage
+        self._say = world.say
         self._view: View = initial(me)
-        self._events: list[Event] = []
+        self._events: list[Event] = [world.remembered]  # before all that the store shows
+        self._facts: StoreFacts | None = None
+        self._shown: tuple[ClusterSeen, int] | None = None
+        self._ended = ""
         self._wake = trio.Event()
         self._epoch = 0
         self._store_told = ""
         self._fatal: str | None = None
-        self._link = FencerLink(fencer_socket, self.post)
+        self._link = FencerLink(world.fencer_socket, self.post)
 
     def post(self, event: Event) -> None:
         """Add an event for the next step. Bounded: an agent that cannot keep up must not go on."""
@@ -86,13 +112,14 @@ class Shell:
         self._wake.set()
 
     async def run(self) -> None:
-        """Until cancelled, or FatalError."""
+        """Until retired or cancelled, or FatalError."""
         unsubscribe = self._store.watch(self._watched)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._link.run)
                 nursery.start_soon(self._probing)
                 await self._deciding(nursery)
+                nursery.cancel_scope.cancel()
         finally:
             unsubscribe()
 
@@ -111,6 +138,8 @@ class Shell:
             if entry.key.startswith(MEMBER_PREFIX):
                 name = entry.key.removeprefix(MEMBER_PREFIX)
                 return MemberSeen(name, decode_member(entry.value), entry.revision, entry.created_ns)
+            if entry.key == CONTROL:
+                return ControlSeen(decode_control(entry.value), entry.revision)
         except msgspec.DecodeError as e:
             text = f"revision {entry.revision} of {entry.key} is not a record of this version: {e}"
             if text != self._store_told:
@@ -127,14 +156,24 @@ class Shell:
 
     # ------------------------------------------------------------ the loop
 
+    def _look_at_store(self) -> None:
+        """Post what has changed about the store itself."""
+        if self._store.connection_epoch != self._epoch:
+            self._epoch = self._store.connection_epoch
+            self.post(Connected())
+        facts = self._store.facts
+        if facts is not None and facts != self._facts:
+            self._facts = facts
+            level = log.error if facts.problem else log.info
+            level("the store", lineage=facts.lineage, problem=facts.problem)
+            self.post(StoreSeen(facts.lineage, facts.problem))
+
     async def _deciding(self, nursery: trio.Nursery) -> None:
-        while True:
+        while not self._ended:
             with trio.move_on_after(TICK_S):
                 await self._wake.wait()
             self._wake = trio.Event()
-            if self._store.connection_epoch != self._epoch:
-                self._epoch = self._store.connection_epoch
-                self.post(Connected())
+            self._look_at_store()
             events, self._events = self._events, []
             self._view, commands = step(self._view, events, self._me, self._timing, boot_ns())
             for command in commands:
@@ -159,6 +198,12 @@ class Shell:
                 nursery.start_soon(self._refresh, command)
             case Fatal(why=why):
                 self._fatal = why
+            case Remember(marks=marks):
+                self._damage = ""
+                self._memory.keep(marks)
+            case Stop(why=why):
+                log.info("retired", why=why)
+                self._ended = why or "retired"
 
     # ------------------------------------------------------------ commands to the store
 
@@ -198,12 +243,16 @@ class Shell:
         if entry is not None:
             event = self._decoded(entry, by_read=True)
             if event is None:
-                return False
-            self.post(event)
+                return key == CONTROL  # what operators ask for must not keep anyone from deciding
         elif key == CLUSTER_STATE:
-            self.post(ClusterSeen(None, 0, 0, by_read=True))
+            event = ClusterSeen(None, 0, 0, by_read=True)
+        elif key == CONTROL:
+            event = ControlSeen(None, 0)
         else:
-            self.post(MemberSeen(key.removeprefix(MEMBER_PREFIX), None, 0, 0))
+            event = MemberSeen(key.removeprefix(MEMBER_PREFIX), None, 0, 0)
+        if isinstance(event, ClusterSeen):
+            self._shown = (event, boot_ns())
+        self.post(event)
         return True
 
     async def _read(self, r: Read) -> None:
@@ -216,9 +265,9 @@ class Shell:
         with trio.move_on_after(r.timeout_ns / NS) as scope:
             for key in (MEMBER_PREFIX + self._me.node, CLUSTER_STATE):
                 ok = ok and await self._get(key, r.timeout_ns / NS)
-            for name in self._me.members:
-                if ok and name != self._me.node:
-                    ok = await self._get(MEMBER_PREFIX + name, r.timeout_ns / NS)
+            others = [MEMBER_PREFIX + name for name in self._me.members if name != self._me.node]
+            for key in (*others, CONTROL):
+                ok = ok and await self._get(key, r.timeout_ns / NS)
         self.post(RefreshDone(ok and not scope.cancelled_caught))
 
     # ------------------------------------------------------------ what people ask
@@ -227,6 +276,36 @@ class Shell:
     def leading(self) -> bool:
         """Whether PostgreSQL here is, as far as this agent knows, the writable primary."""
         return self._view.state in WRITABLE_STATES | {State.PROMOTING}
+
+    def accept(self, create: bool, who: str) -> AcceptReply | ErrorReply:
+        """An operator takes the store as it is: the core is told. Refused where there is nothing to accept."""
+        v, facts = self._view, self._facts
+        why = distrust(v)
+        if not why and v.cluster is not None:
+            return ErrorReply(f"nothing to accept: {self._me.node} does not distrust the store")
+        what = f"{facts.lineage or 'no bucket'}" if facts is not None else "not looked at yet"
+        seen = f"revision {v.marks.revision}, term {v.marks.term}" if v.marks.revision else "nothing"
+        log.warning("an operator accepts the store", who=who, create=create, store=what, seen=seen, why=why)
+        if create:
+            self._store.allow_creation()
+        self.post(Accepted(create))
+        founds = f"; where it is empty, {self._me.node} founds the cluster anew" if create else ""
+        return AcceptReply(f"the store as it is now ({what}), although this node has seen {seen}{founds}")
+
+    def _store_view(self, now_ns: int) -> StoreView:
+        shown = None
+        if self._shown is not None:
+            seen, at_ns = self._shown
+            term, primary = (seen.record.term, seen.record.primary) if seen.record is not None else (0, None)
+            shown = Shown(seen.revision, term, primary, (now_ns - at_ns) / NS)
+        facts = self._facts or StoreFacts("", "")
+        memory = self._memory.failure or self._damage
+        return StoreView(facts.lineage, facts.problem, self._view.marks, shown, memory)
+
+    def _changes(self) -> int:
+        v = self._view
+        acknowledged = v.control.acknowledged if v.control is not None else 0
+        return sum(term > acknowledged for term, _ in v.cluster.changes) if v.cluster is not None else 0
 
     def status(self) -> StatusReply:
         """The cluster as this agent sees it now."""
@@ -264,5 +343,11 @@ class Shell:
                 fencer_ok=f is not None and not v.fencer_silent,
                 fencer_detail=v.fencer_silent or (f.detail if f is not None else ""),
                 latched=f.latched if f is not None else None,
+                distrust=distrust(v),
+                stopped=stopped(v, self._me),
+                changes=self._changes(),
+                retiring=v.retiring,
+                successor=v.successor,
+                store=self._store_view(now),
             ),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import msgspec
 
 from harmony.admin import NodeView, StatusReply
 from harmony.cli.status import ask
-from harmony.cli.where import find_run_dir
+from harmony.cli.where import find_run_dir, who
 from harmony.core.states import WRITABLE_STATES
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
@@ -23,15 +22,6 @@ FENCE_S = 30.0  # where fencer.json cannot tell
 PATIENCE_S = 5.0
 ANSWER_S = 3.0
 POLL_S = 0.05
-
-
-def _who() -> str:
-    """For the record; a host without names must not keep anyone from fencing."""
-    try:
-        name = os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        name = f"uid {os.getuid()}"
-    return f"{name} (pid {os.getpid()})"
 
 
 class _Known(msgspec.Struct):
@@ -105,7 +95,7 @@ def fence(force: bool, yes: bool, reason: str, run_dir: str | None, config_file:
             click.echo("not fenced (answer yes, or give --yes or --force)", err=True)
             sys.exit(2)
     path = str(folder / "fencer.sock")
-    request = protocol.OperatorFence(reason=reason[:500], who=_who()[:500], clean=not force)
+    request = protocol.OperatorFence(reason=reason[:500], who=who()[:500], clean=not force)
     try:
         reply = call(path, request, timeout_s=ANSWER_S)
     except FencerUnavailable as e:
@@ -171,7 +161,7 @@ def _one_shot(folder: Path, reason: str) -> None:
         sys.exit(1)
     click.echo("running the one-shot emergency fence, with the latch", err=True)
     argv = [sys.executable, "-I", "-m", "harmony_fencer", "--config", str(config), "--once", reason]
-    argv += ["--latch", _who()]
+    argv += ["--latch", who()]
     wait_s = _wait_s(folder)
     try:
         process = subprocess.Popen(argv)
@@ -195,7 +185,7 @@ def unfence(run_dir: str | None, config_file: str | None) -> None:
     """Take the operator's latch away; the agent then brings the node back as what the cluster needs."""
     path = str(find_run_dir(run_dir, config_file) / "fencer.sock")
     try:
-        reply = call(path, protocol.Unfence(who=_who()[:500]), timeout_s=5.0)
+        reply = call(path, protocol.Unfence(who=who()[:500]), timeout_s=5.0)
     except FencerUnavailable as e:
         click.echo(f"the fencer does not answer ({e})", err=True)
         sys.exit(1)

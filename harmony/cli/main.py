@@ -8,15 +8,15 @@ import sys
 import click
 import msgspec
 
+from harmony.cli.control import DEFAULT_CONFIG, acknowledge
 from harmony.cli.fence import fence, unfence
 from harmony.cli.status import status
+from harmony.cli.store import store
 from harmony.config import Config, load
 from harmony.config_text import example
 from harmony.core.timing import Timing
 from harmony.errors import EXIT_CONFIG, ConfigError
 from harmony.resolve import resolve
-
-DEFAULT_CONFIG = "/etc/harmony/harmony.toml"
 
 
 class _Commands(click.Group):
@@ -111,6 +111,8 @@ def config_resolve(file: str) -> None:
 cli.add_command(status)
 cli.add_command(fence)
 cli.add_command(unfence)
+cli.add_command(store)
+cli.add_command(acknowledge)
 
 
 def main() -> None:

@@ -23,11 +23,16 @@ HEALTHY, DEGRADED, NO_PRIMARY, CANNOT_TELL = 0, 1, 2, 3
 
 def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
     """The agent's answer, within `timeout_s` in all. Raises OSError or ValueError (a wrong answer)."""
+    return msgspec.json.decode(request(path, b'{"op":"status"}', timeout_s), type=StatusReply)
+
+
+def request(path: Path, line: bytes, timeout_s: float = 3.0) -> bytes:
+    """One line to the agent's socket and the line that it answers with. Raises OSError."""
     until = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
         sock.connect(str(path))
-        sock.sendall(b'{"op":"status"}\n')
+        sock.sendall(line + b"\n")
         data = b""
         while not data.endswith(b"\n") and len(data) <= MAX_LINE_BYTES:
             sock.settimeout(max(0.001, until - time.monotonic()))
@@ -35,11 +40,23 @@ def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
             if not chunk:
                 break
             data += chunk
-    return msgspec.json.decode(data, type=StatusReply)
+    return data
 
 
 def health(s: StatusReply) -> tuple[int, list[str]]:
     """(exit code, reasons): 0 healthy, 1 degraded, 2 no primary, 3 cannot tell. Pure."""
+    code, reasons = _leadership(s)
+    me = s.myself
+    alarms = [f"{me.node} DISTRUSTS the store: {me.distrust}"] if me.distrust else []
+    for n in s.nodes:
+        if n.name != me.node and n.alive and n.member is not None and n.member.distrust:
+            alarms.append(f"{n.name} DISTRUSTS the store: {n.member.distrust}")
+    if me.stopped:
+        alarms.append(me.stopped)
+    return (DEGRADED if alarms and code == HEALTHY else code), reasons + alarms
+
+
+def _leadership(s: StatusReply) -> tuple[int, list[str]]:
     if not s.myself.store_connected:
         return CANNOT_TELL, ["this agent is not connected to the store: what it knows is old"]
     if s.cluster is None:
@@ -136,6 +153,19 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
         console.print(f"- {reason}")
     me = s.myself
     console.print(f"{me.node} decides: {me.state} [{me.row}] {me.why}")
+    if me.distrust:
+        console.print(
+            "`harmonyctl store show` says what is known; `harmonyctl store accept` is the last way out"
+        )
+    if me.changes:
+        console.print(f"{me.changes} failovers since the last that was acknowledged (harmonyctl acknowledge)")
+    if c is not None and c.successor is not None:
+        to = "is to take over" if c.primary is None else f"is to take over from {c.primary}"
+        console.print(f"hand-over under way: {c.successor} {to}")
+    elif me.successor is not None:
+        console.print(f"hand-over under way: {me.node} gives leadership to {me.successor}")
+    if me.retiring:
+        console.print(f"{me.node} was asked to stop")
     if me.failures:
         console.print(f"{me.failures} heartbeats in a row have failed here")
     if me.latched:

@@ -1,7 +1,8 @@
-"""Where a node's sockets are: --run-dir, else the configuration file's, else the default. Never an error."""
+"""Where a node's sockets are: --run-dir, else the configuration file's, else the default; who asks. Never an error."""
 
 from __future__ import annotations
 
+import getpass
 import os
 from pathlib import Path
 
@@ -11,6 +12,15 @@ from harmony.config import load, read
 from harmony.errors import ConfigError
 
 DEFAULT_RUN_DIR = "/run/harmony"
+
+
+def who() -> str:
+    """For the record; a host without names must not keep anyone from fencing."""
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        name = f"uid {os.getuid()}"
+    return f"{name} (pid {os.getpid()})"
 
 
 def find_run_dir(run_dir: str | None, config: str | None) -> Path:

@@ -5,7 +5,8 @@ A candidate that has seen the *final* WAL position of more than `len(voters) - c
 included) has seen at least one that holds any given commit; when none of them has more WAL than the
 candidate, the candidate holds every acknowledged commit. A position is final when it was read after the
 primary had certainly stopped: after `settle` of silence following the revision that the claim will replace
-(at once when that revision is a vacancy, which is written only after a proven fence).
+(at once when that revision is a vacancy, which is written only after a proven fence). Whoever has received the
+shutdown checkpoint of a clean vacancy needs nobody else's position: nothing was written after it.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ def judge(
     *,
     settle_ns: int,
     maximum_lag_bytes: int,
+    barred: str,
     patient: bool,
 ) -> Verdict:
     """May this node claim leadership by replacing `revision`?
 
-    `members` are the other nodes' records; `settle_ns` is 0 for a vacancy; `patient` False: rivals of equal
-    standing have had their time and are no longer waited for.
+    `members` are the other nodes' records; `settle_ns` is 0 for a vacancy; `barred` is a reason that has nothing
+    to do with its WAL; `patient` False: rivals of equal standing, and the successor that was named, have had
+    their time and are no longer waited for.
     """
     if me.latched:
         return Verdict(ok=False, why="an operator's fence latches this node; harmonyctl unfence")
@@ -66,12 +69,16 @@ def judge(
         return Verdict(ok=False, why="PostgreSQL is not running here as a standby")
     if me.timeline < cluster.timeline:
         return Verdict(ok=False, why=f"on timeline {me.timeline}, the cluster is on {cluster.timeline}")
+    if barred:
+        return Verdict(ok=False, why=barred)
     if me.silent_ns < settle_ns:
         return Verdict(ok=False, why="own WAL position was read before the primary had certainly stopped")
     mine = (me.timeline, me.received_lsn)
     seen = {n: m for n, m in members.items() if n != me.node and _settled(m, revision, settle_ns)}
     was_primary = cluster.last_primary == me.node
-    if cluster.sync_count > 0:
+    if _complete(me, cluster):
+        pass
+    elif cluster.sync_count > 0:
         voters = set(cluster.sync_voters)
         if not was_primary:
             if me.node not in voters:
@@ -93,6 +100,14 @@ def judge(
         return Verdict(
             ok=False, why=f"{lag} bytes behind the primary's last heartbeat (limit {maximum_lag_bytes})"
         )
+    if patient and cluster.clean and not _complete(me, cluster):
+        return Verdict(
+            ok=False, why=f"the clean shutdown at {_pos(cluster.timeline, cluster.lsn)} was not received here"
+        )
+    if patient and cluster.clean and cluster.successor is not None:
+        if cluster.successor != me.node:
+            return Verdict(ok=False, why=f"{cluster.successor} was named as the successor: it goes first")
+        return Verdict(ok=True, why=f"named as the successor, at {_pos(*mine)}")
     if patient:
         for n, m in sorted(seen.items()):
             if m.latched or m.nofailover or m.db != "standby" or m.timeline < cluster.timeline:
@@ -104,6 +119,11 @@ def judge(
         if was_primary:
             return Verdict(ok=False, why="this node left the vacancy; the others have their time first")
     return Verdict(ok=True, why=f"eligible at {_pos(*mine)}")
+
+
+def _complete(me: Standing, cluster: ClusterState) -> bool:
+    """Whether all that the last primary ever wrote is here: the shutdown checkpoint, its last record, is."""
+    return cluster.clean and me.timeline == cluster.timeline and me.received_lsn > cluster.lsn
 
 
 def _pos(timeline: int, lsn: int) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from harmony.records import ClusterState, Member
+from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
 OrderOp = Literal["activate", "fence", "follow"]
@@ -37,6 +37,7 @@ class FencerView:
     is_standby: bool
     system_identifier: str | None
     latched: str | None
+    shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
 
 # ---------------------------------------------------------------- events
@@ -65,6 +66,56 @@ class MemberSeen:
     record: Member | None
     revision: int
     stamp_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSeen:
+    """What operators ask for, as the store holds it (None: never written)."""
+
+    record: Control | None
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSeen:
+    """The store itself: `lineage` names this history of it, `problem` what is not as Harmony needs it."""
+
+    lineage: str
+    problem: str
+
+
+class Marks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The most that this node has ever seen of the store; kept on its own disk.
+
+    `attempt` is of cluster_state at `revision`: the same revision with another one is another history.
+    """
+
+    term: int = 0
+    revision: int = 0
+    attempt: str = ""
+    lineage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """At the agent's start: what its disk holds; `damage` says why it could not be read."""
+
+    marks: Marks
+    damage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An operator accepts the store as it now is. `create`: where it is empty, this node founds the cluster anew."""
+
+    create: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Retiring:
+    """The agent was asked to stop. `hand_over`: after handing leadership over, where somebody can take it."""
+
+    hand_over: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +189,11 @@ Event = (
     Connected
     | ClusterSeen
     | MemberSeen
+    | ControlSeen
+    | StoreSeen
+    | Remembered
+    | Accepted
+    | Retiring
     | RefreshDone
     | WriteDone
     | ReadFailed
@@ -172,7 +228,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """Read cluster_state and every member; answer with what was seen, then RefreshDone."""
+    """Read cluster_state, every member and control; answer with what was seen, then RefreshDone."""
 
     timeout_ns: int
 
@@ -187,6 +243,7 @@ class Order(msgspec.Struct, frozen=True):
     deadline_ns: int = 0
     sync_count: int = 0
     sync_voters: tuple[str, ...] = ()
+    clean: bool = False  # of a fence: shut down cleanly while the lease lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,4 +271,18 @@ class Fatal:
     why: str
 
 
-Command = Write | Read | Refresh | Order | Renew | Log | Fatal
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Keep these marks on the agent's own disk. Nothing waits for it; only the newest counts."""
+
+    marks: Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Retired: nothing holds this agent any more; the shell ends the process."""
+
+    why: str
+
+
+Command = Write | Read | Refresh | Order | Renew | Log | Fatal | Remember | Stop

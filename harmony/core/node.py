@@ -11,26 +11,43 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from harmony.core import register
-from harmony.core.messages import Command, Event, Fatal, Gen, Log, Order, Read, Refresh, Renew, Write
+from harmony.core.fold import fold, lead_outcome, own_outcome
+from harmony.core.messages import (
+    Command,
+    Event,
+    Fatal,
+    Gen,
+    Log,
+    Order,
+    Read,
+    Refresh,
+    Remember,
+    Renew,
+    Stop,
+    Write,
+)
+from harmony.core.observe import asked, confirms, observe, preferred_fit
 from harmony.core.register import Attempt
-from harmony.core.states import State
-from harmony.core.table import Action, Decision, decide
-from harmony.core.timing import Timing
+from harmony.core.states import WRITABLE_STATES, State
+from harmony.core.table import Action, Decision, Observation, decide
+from harmony.core.timing import NS, Timing
 from harmony.core.view import (
     Identity,
     SentOrder,
     View,
     database,
-    fold,
+    distrust,
     highest,
     is_leading,
-    lead_outcome,
-    observe,
-    own_outcome,
     silence_ns,
     target,
 )
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Member
+
+HANDOVER_PAUSES = 10  # times failover_timeout, before a hand-over that nobody asked for is tried again
+KEEP_NS = 10 * NS  # how old the marks on disk may grow; a new term is kept at once
+MAX_LOSSES = 8
+MAX_CHANGES = 32
 
 
 def initial(me: Identity) -> View:
@@ -51,15 +68,38 @@ def step(
     v = lead_outcome(replace(v, lead=r), out, t, now_ns)
     r, out = register.tick(v.own, now_ns)
     v = own_outcome(replace(v, own=r), out, me, now_ns)
-    d = decide(observe(v, me, t, now_ns))
-    v, commands = _apply(v, d, me, t, now_ns)
+    fit = preferred_fit(v, me, t, now_ns)
+    v = replace(v, preferred_fit_ns=(v.preferred_fit_ns or now_ns) if fit else 0)
+    o = observe(v, me, t, now_ns)
+    v, commands = _apply(v, decide(o), o, me, t, now_ns)
     v = _renew(v, me, commands)
     v = _lead(v, me, t, now_ns, commands)
     v = _own(v, me, t, now_ns, commands)
+    v = _keep(v, now_ns, commands)
+    if v.retiring and not _handing_over(v, o, me):
+        commands.append(Stop(v.why))
     return v, commands
 
 
-def _apply(v: View, d: Decision, me: Identity, t: Timing, now_ns: int) -> tuple[View, list[Command]]:
+def _handing_over(v: View, o: Observation, me: Identity) -> bool:
+    """Whether an agent that was asked to stop has still to wait for its own hand-over."""
+    if v.state in WRITABLE_STATES:
+        return v.hand_over and (o.wanted is not None or v.successor is not None)
+    return v.successor is not None and is_leading(v, me)
+
+
+def _keep(v: View, now_ns: int, commands: list[Command]) -> View:
+    """Have the marks kept on disk: at once when the term or the lineage is new, else now and then."""
+    new = (v.marks.term, v.marks.lineage) != (v.kept.term, v.kept.lineage)
+    if v.marks == v.kept or not (new or now_ns - v.kept_ns >= KEEP_NS):
+        return v
+    commands.append(Remember(v.marks))
+    return replace(v, kept=v.marks, kept_ns=now_ns)
+
+
+def _apply(
+    v: View, d: Decision, o: Observation, me: Identity, t: Timing, now_ns: int
+) -> tuple[View, list[Command]]:
     commands: list[Command] = []
     if d.next is not v.state or (d.row, d.why) != (v.row, v.why):
         commands.append(Log(str(d.row), v.state, d.next, d.why))
@@ -73,29 +113,55 @@ def _apply(v: View, d: Decision, me: Identity, t: Timing, now_ns: int) -> tuple[
             v = replace(v, postgres_failed=False)
         if d.next in {State.WATCHING, State.YIELDING}:
             v = replace(v, lost=False, lease_until_ns=0, postgres_failed=False)
+        if v.state in WRITABLE_STATES and "demote" not in d.do:
+            v = replace(v, losses=(*v.losses, now_ns)[-MAX_LOSSES:])
+        if "demote" not in d.do:
+            v = replace(v, successor=None, request="")
         if d.row in {406, 808}:
             v = replace(v, postgres_failed=True)
     v = replace(v, state=d.next, row=d.row, why=d.why)
     for action in d.do:
-        v = _act(v, action, d, me, t, now_ns, commands)
+        v = _act(v, action, d, o, me, t, now_ns, commands)
     return v, commands
 
 
 def _act(
-    v: View, action: Action, d: Decision, me: Identity, t: Timing, now_ns: int, commands: list[Command]
+    v: View,
+    action: Action,
+    d: Decision,
+    o: Observation,
+    me: Identity,
+    t: Timing,
+    now_ns: int,
+    commands: list[Command],
 ) -> View:
     match action:
         case "fatal":
             commands.append(Fatal(d.why))
             return v
+        case "name":
+            wish = asked(v)
+            request = wish.id if wish is not None else ""
+            return replace(v, successor=o.wanted, request=request, named_ns=now_ns, lead_sent_ns=0)
+        case "unname":
+            refused = (v.request, d.why[:500]) if v.request else v.refused
+            pause = now_ns + HANDOVER_PAUSES * t.failover_ns
+            v = replace(v, refused=refused, handover_pause_until_ns=pause)
+            return replace(v, successor=None, request="", lead_sent_ns=0)
+        case "refuse":
+            wish = asked(v)
+            return replace(v, refused=(wish.id, d.why[:500]) if wish is not None else v.refused)
         case "claim" | "create" | "vacate":
             # Whatever exchange runs gives way; should its write land, this one's revision is refused.
             revision = v.revision if action != "create" else 0
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
-        case "fence" | "activate" | "follow":
+        case "fence" | "demote" | "activate" | "follow":
             generation = _next_generation(v)
-            order = Order(op=action, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
+            op = "fence" if action == "demote" else action
+            order = Order(op=op, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
+            if action == "demote":
+                order = replace(order, clean=True)
             if action == "follow":
                 order = replace(order, primary=target(v, me))
             if action == "activate" and v.cluster is not None:
@@ -106,7 +172,7 @@ def _act(
                     sync_voters=v.cluster.sync_voters,
                 )
             commands.append(order)
-            return replace(v, order=SentOrder(generation, action, now_ns), db=None)
+            return replace(v, order=SentOrder(generation, op, now_ns), db=None)
 
 
 def _next_generation(v: View) -> Gen:
@@ -202,8 +268,10 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             lsn=c.lsn if c is not None else 0,
             sync_count=me.sync_count,
             sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
+            changes=_changes(v, c, term),
         )
     vacate = v.intent == "vacate"
+    clean = vacate and f.shutdown_lsn is not None
     writing = db is not None and db.db == "primary"
     return ClusterState(
         cluster_id=c.cluster_id,
@@ -217,10 +285,26 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         boot_id=me.boot_id,
         status=v.state,
         timeline=max(c.timeline, db.timeline) if db is not None and writing else c.timeline,
-        lsn=max(c.lsn, db.received_lsn) if db is not None and writing else c.lsn,
+        lsn=f.shutdown_lsn
+        if clean and f.shutdown_lsn is not None
+        else (max(c.lsn, db.received_lsn) if db is not None and writing else c.lsn),
         sync_count=c.sync_count,
         sync_voters=c.sync_voters,
+        successor=v.successor,
+        request=v.request,
+        clean=clean,
+        refused=v.refused or c.refused,
+        changes=c.changes,
     )
+
+
+def _changes(v: View, c: ClusterState | None, term: int) -> tuple[tuple[int, int], ...]:
+    """The record's list of leadership taken without a hand-over, with the claim that is being written."""
+    if c is None:
+        return ()
+    planned = c.primary is None and c.successor is not None
+    stamp = max(v.stamp_ns, v.own_stamp_ns)
+    return c.changes if planned else (*c.changes, (term, stamp))[-MAX_CHANGES:]
 
 
 def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) -> Member:
@@ -249,4 +333,6 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         fencer_ok=f is not None and not v.fencer_silent,
         system_identifier=f.system_identifier if f is not None else None,
         version=me.version,
+        confirms=confirms(v, me, t, now_ns),
+        distrust=distrust(v),
     )

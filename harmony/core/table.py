@@ -12,7 +12,19 @@ from typing import Literal
 
 from harmony.core.states import State
 
-Action = Literal["fence", "activate", "follow", "claim", "create", "vacate", "fatal"]
+Action = Literal[
+    "fence",
+    "demote",  # a fence that shuts down cleanly, while the lease lasts
+    "activate",
+    "follow",
+    "claim",
+    "create",
+    "vacate",
+    "name",  # the successor, in cluster_state
+    "unname",  # it: the hand-over is given up
+    "refuse",  # a switchover that cannot be
+    "fatal",
+]
 Leads = Literal["nobody_yet", "me", "other", "vacant", "unread"]
 Order = Literal["none", "running", "done", "failed"]
 
@@ -51,6 +63,15 @@ class Observation:
     eligible: bool
     eligible_why: str
     foreign: str | None  # something that must never be: another system id, another host with my name
+    flapping: bool = False  # leadership was lost here by a failure of ours, more than once of late
+    distrust: str = ""  # why the store is not trusted
+    may_found: bool = False  # an operator lets this node found the cluster anew
+    wanted: str | None = None  # to whom leadership should be handed over
+    wanted_why: str = ""  # why a switchover that was asked for cannot be
+    named: str | None = None  # the successor that we have named
+    successor_fit: bool = False  # it could take over
+    confirmed: bool = False  # it has read that it is named, has caught up, and says that it is ready
+    named_long: bool = False  # it has had its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +83,7 @@ class Row:
     do: tuple[Action, ...]
     why: str
     condition: str  # for people: what `when` says
+    detail: Callable[[Observation], str] | None = None  # what is put behind `why`
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +105,9 @@ def _row(
     next_: State,
     why: str,
     *do: Action,
+    detail: Callable[[Observation], str] | None = None,
 ) -> Row:
-    return Row(id=id_, state=state, when=when, next=next_, do=do, why=why, condition=condition)
+    return Row(id=id_, state=state, when=when, next=next_, do=do, why=why, condition=condition, detail=detail)
 
 
 def _no_order(o: Observation) -> bool:
@@ -101,16 +124,32 @@ def _must_vacate(o: Observation) -> bool:
         o.leads == "me"
         and not o.writing
         and not o.failing
-        and (o.latched or not o.trusted or o.term_behind or (o.postgres_failed and o.peer_ready))
+        and not o.distrust
+        and (
+            o.latched
+            or not o.trusted
+            or o.term_behind
+            or (o.peer_ready and (o.postgres_failed or o.flapping))
+        )
     )
+
+
+def _order_why(o: Observation) -> str:
+    return f"({o.order_why})" if o.order_why else ""
 
 
 def _may_resume(o: Observation) -> bool:
     return o.leads == "me" and o.granted and o.db == "primary" and o.postgres_up
 
 
-def _leader_rows(base: int, state: State, down: State) -> tuple[Row, ...]:
-    """A writable primary (Healthy, Leader) differs only in where it falls to."""
+def _hands_over(o: Observation) -> bool:
+    """Demoted for a successor that can still take over: the vacancy is its sign to go."""
+    may_write = not o.writing and not o.failing and not o.distrust
+    return o.leads == "me" and o.fence_proven and o.named is not None and o.successor_fit and may_write
+
+
+def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Row, ...]:
+    """A writable primary (Healthy, Leader) differs only in where it falls to, and where it steps aside to."""
     return (
         _row(
             base + 0,
@@ -166,66 +205,128 @@ def _leader_rows(base: int, state: State, down: State) -> tuple[Row, ...]:
             "PostgreSQL says it is in recovery: it is not our primary; fencing",
             "fence",
         ),
+        _row(
+            base + 12,
+            state,
+            "successor confirmed",
+            lambda o: o.confirmed and o.failures == 0 and not o.distrust,
+            aside,
+            "the successor has caught up and is ready: demoting for",
+            "demote",
+            detail=lambda o: str(o.named),
+        ),
+        _row(
+            base + 14,
+            state,
+            "successor unfit, or silent for failover_timeout",
+            lambda o: o.named is not None and (o.named_long or not o.successor_fit),
+            state,
+            "the hand-over is given up, leading on: not ready in time, or not fit any more:",
+            "unname",
+            detail=lambda o: str(o.named),
+        ),
+        _row(
+            base + 16,
+            state,
+            "switchover asked for that cannot be",
+            lambda o: o.named is None and o.wanted_why != "",
+            state,
+            "refusing the switchover:",
+            "refuse",
+            detail=lambda o: o.wanted_why,
+        ),
+        _row(
+            base + 18,
+            state,
+            "hand-over wanted",
+            lambda o: o.named is None and o.wanted is not None and o.failures == 0 and not o.distrust,
+            state,
+            "a hand-over is wanted: naming the successor,",
+            "name",
+            detail=lambda o: str(o.wanted),
+        ),
+        _row(
+            base + 20,
+            state,
+            "store distrusted",
+            lambda o: o.distrust != "",
+            state,
+            "ALARM, leading on while the lease is renewed:",
+            detail=lambda o: o.distrust,
+        ),
     )
 
 
 TABLE: tuple[Row, ...] = (
     # -------------------------------------------------------------- primary workflow
-    _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on", "fatal"),
+    _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
     _row(102, S.P_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.P_INITIALIZING, "waiting for the fencer and a first look at the store"),
     _row(104, S.P_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.HEALTHY, "restarted as the recorded primary with the lease in force: resuming at once"),
     _row(106, S.P_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.P_FAILED, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
     _row(108, S.P_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.P_INITIALIZING, "recorded primary: waiting for the database's answer"),
     _row(110, S.P_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.YIELDING, "another node leads, or the place is vacant: yielding"),
-    _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not o.virgin, S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store or reset this node's fencer state"),
+    _row(111, S.P_INITIALIZING, "empty store, distrusted", lambda o: o.leads == "nobody_yet" and o.distrust != "", S.P_INITIALIZING, "ALARM, not founding a cluster:", detail=lambda o: o.distrust),
+    _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not (o.virgin or o.may_found), S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store, or harmonyctl store accept --found"),
     _row(114, S.P_INITIALIZING, "empty store, latched", lambda o: o.leads == "nobody_yet" and (o.latched or not o.trusted), S.P_INITIALIZING, "new cluster, but this node is latched or its fencer's state untrusted: not claiming it"),
-    _row(116, S.P_INITIALIZING, "empty store, virgin node", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: the preferred primary claims its first term", "create"),
-    *_leader_rows(200, S.HEALTHY, S.P_FAILED),
+    _row(116, S.P_INITIALIZING, "empty store, virgin node or founder", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: claiming its first term", "create"),
+    *_leader_rows(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
-    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence"),
+    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
     _row(304, S.P_FAILED, "no fence under way", _unproven, S.P_FAILED, "ordering a fence", "fence"),
+    _row(398, S.FENCED, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"} and o.fence_proven, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(400, S.FENCED, "term is not ours", lambda o: o.lost or o.leads in {"other", "vacant"}, S.YIELDING, "fenced, and the store shows that the term is no longer ours: yielding"),
     _row(402, S.FENCED, "ours, but may not resume", lambda o: _must_vacate(o) and o.fence_proven, S.FENCED, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
     _row(404, S.FENCED, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.HEALTHY, "PostgreSQL is the writable primary again"),
-    _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence"),
+    _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence", detail=_order_why),
+    _row(407, S.FENCED, "ours, store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.fence_proven, S.FENCED, "ALARM, staying fenced:", detail=lambda o: o.distrust),
     _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
     _row(410, S.FENCED, "fence no longer proven", lambda o: not o.fence_proven and o.order_op != "activate", S.P_FAILED, "the fence is not proven any more; fencing again", "fence"),
-    _row(500, S.YIELDING, "recorded primary is me, fence proven", lambda o: o.leads == "me" and o.fence_proven, S.FENCED, "leadership is recorded as ours again"),
+    _row(490, S.YIELDING, "demotion under way", lambda o: o.leads == "me" and o.order == "running" and o.order_op == "fence", S.YIELDING, "PostgreSQL shuts down and ships its last WAL"),
+    _row(492, S.YIELDING, "demoted for a successor", _hands_over, S.YIELDING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
+    _row(494, S.YIELDING, "vacancy being written", lambda o: o.leads == "me" and o.writing, S.YIELDING, "the vacancy is being written"),
+    _row(496, S.YIELDING, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"}, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
+    _row(500, S.YIELDING, "recorded primary is me, fence proven", lambda o: o.leads == "me" and o.fence_proven, S.FENCED, "nobody takes over: leadership is still recorded as ours"),
     _row(502, S.YIELDING, "recorded primary is me", lambda o: o.leads == "me", S.P_FAILED, "leadership is recorded as ours again; proving the fence first", "fence"),
     _row(504, S.YIELDING, "latched", lambda o: o.latched or not o.trusted, S.YIELDING, "latched by an operator, or the fencer's state is untrusted: staying fenced"),
     _row(506, S.YIELDING, "standby of the right node", lambda o: o.leads in {"other", "vacant"} and o.following_right and o.db == "standby", S.WATCHING, "runs as a standby again: watching"),
     _row(508, S.YIELDING, "not following yet", lambda o: o.leads in {"other", "vacant"} and not o.following_right and _no_order(o), S.YIELDING, "rejoining as a standby", "follow"),
     _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order, S.YIELDING, "not running as a standby: ordering it again", "follow"),
     # -------------------------------------------------------------- replica workflow
-    _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on", "fatal"),
+    _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
     _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store"),
     _row(604, S.R_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.LEADER, "restarted as the recorded primary with the lease in force: resuming at once"),
     _row(606, S.R_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.DEMOTING, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
     _row(608, S.R_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.R_INITIALIZING, "recorded primary: waiting for the database's answer"),
+    _row(609, S.R_INITIALIZING, "empty store, founder", lambda o: o.leads == "nobody_yet" and o.may_found and o.identified and not o.distrust and not o.latched and o.trusted and not o.writing and o.may_claim, S.R_INITIALIZING, "an operator lets this node found the cluster anew", "create"),
     _row(610, S.R_INITIALIZING, "empty store", lambda o: o.leads == "nobody_yet", S.R_INITIALIZING, "new cluster: waiting for the preferred primary to claim its first term"),
     _row(612, S.R_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.WATCHING, "another node leads, or the place is vacant: watching"),
-    _row(700, S.WATCHING, "something foreign", lambda o: o.foreign is not None, S.WATCHING, "must not go on", "fatal"),
+    _row(700, S.WATCHING, "something foreign", lambda o: o.foreign is not None, S.WATCHING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
+    _row(701, S.WATCHING, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"}, S.R_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(702, S.WATCHING, "heartbeats failing", lambda o: o.failing, S.R_FAILED, "own heartbeats failed up to the threshold: what we know is old; no promotion from here"),
     _row(704, S.WATCHING, "latched", lambda o: o.latched or not o.trusted, S.WATCHING, "latched by an operator, or the fencer's state is untrusted: no promotion"),
     _row(706, S.WATCHING, "recorded primary is me, writable", lambda o: o.leads == "me" and o.db == "primary", S.DEMOTING, "recorded primary without a lease, yet writable: fencing", "fence"),
+    _row(707, S.WATCHING, "no primary, store distrusted", lambda o: o.distrust != "" and (o.stale or o.leads in {"me", "vacant"}), S.WATCHING, "ALARM, no promotion:", detail=lambda o: o.distrust),
     _row(708, S.WATCHING, "recorded primary is me", lambda o: o.leads == "me" and o.recovered and o.db == "standby" and not o.writing and o.may_claim, S.PROMOTING, "leadership is recorded as ours: claiming a new term", "claim"),
     _row(710, S.WATCHING, "vacancy, eligible", lambda o: o.leads == "vacant" and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the place is vacant and we are eligible: claiming", "claim"),
     _row(712, S.WATCHING, "primary stale, eligible", lambda o: o.leads == "other" and o.stale and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the primary's heartbeat is stale on both clocks and we are eligible: claiming", "claim"),
     _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow"),
     _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
-    _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote"),
+    _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote:", detail=lambda o: o.eligible_why),
+    _row(720, S.WATCHING, "store distrusted", lambda o: o.distrust != "", S.WATCHING, "ALARM:", detail=lambda o: o.distrust),
     _row(798, S.PROMOTING, "replaced after activating", lambda o: not o.writing and o.leads != "me" and o.order_op == "activate", S.DEMOTING, "replaced while promoting; fencing", "fence"),
     _row(800, S.PROMOTING, "claim lost", lambda o: not o.writing and o.leads != "me", S.WATCHING, "the claim was not won: another was faster, or the store did not confirm it"),
     _row(802, S.PROMOTING, "latched", lambda o: o.latched, S.DEMOTING, "latched by an operator while promoting; fencing", "fence"),
     _row(804, S.PROMOTING, "lease over or heartbeats failing", lambda o: not o.writing and (o.failing or not o.lease_left), S.DEMOTING, "lost the store while promoting; fencing", "fence"),
     _row(806, S.PROMOTING, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.LEADER, "promoted: PostgreSQL is the writable primary"),
-    _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence"),
+    _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence", detail=_order_why),
+    _row(809, S.PROMOTING, "store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.order_op != "activate", S.PROMOTING, "ALARM, not activating:", detail=lambda o: o.distrust),
     _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),
-    *_leader_rows(900, S.LEADER, S.DEMOTING),
+    *_leader_rows(900, S.LEADER, S.DEMOTING, S.DEMOTING),
+    _row(996, S.DEMOTING, "demoted for a successor", _hands_over, S.DEMOTING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
     _row(1000, S.DEMOTING, "fence proven, heartbeats failing", lambda o: o.fence_proven and o.failing and not o.lost, S.R_FAILED, "the fence is proven; the store is out of reach"),
     _row(1002, S.DEMOTING, "fence proven, may not resume", lambda o: o.fence_proven and _must_vacate(o), S.DEMOTING, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
     _row(1004, S.DEMOTING, "fence proven, may go on", lambda o: o.fence_proven and (o.leads != "me" or (o.recovered and not o.writing)), S.WATCHING, "the fence is proven: going back to watching"),
-    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence"),
+    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
     _row(1008, S.DEMOTING, "no fence under way", _unproven, S.DEMOTING, "ordering a fence", "fence"),
     _row(1100, S.R_FAILED, "good heartbeats again", lambda o: o.recovered, S.WATCHING, "heartbeats are good again: watching"),
 )  # fmt: skip
@@ -240,10 +341,4 @@ def decide(o: Observation) -> Decision:
 
 
 def _explain(row: Row, o: Observation) -> str:
-    if o.foreign is not None and "fatal" in row.do:
-        return o.foreign
-    if row.id == 718:
-        return f"{row.why}: {o.eligible_why}"
-    if o.order == "failed" and row.id in {302, 406, 808, 1006}:
-        return f"{row.why} ({o.order_why})"
-    return row.why
+    return row.why if row.detail is None else f"{row.why} {row.detail(o)}".rstrip()

@@ -149,7 +149,7 @@ class Cluster:
         """Make the nodes' folders, with the owners that their processes need."""
         user = self.parts.users.postgres
         for node in self.nodes.values():
-            for folder, mode in (("run", 0o755), ("state", 0o700), ("sock", 0o755)):
+            for folder, mode in (("run", 0o755), ("state", 0o711), ("sock", 0o755)):
                 (node.folder / folder).mkdir(parents=True)
                 (node.folder / folder).chmod(mode)
             node.folder.chmod(0o755)
@@ -223,6 +223,8 @@ class Cluster:
             "store": {"urls": [f"nats://{HOST}:{self.nats_port}"]},
             "timing": {"preset": self.preset},
             "replication": {"mode": "quorum", "synchronous_count": 1},
+            # A demo breaks its cluster as often as it likes, and ends it all at once: nobody is left to take over.
+            "failover": {"maximum_changes": 0, "on_stop": "fence"},
             "postgresql": postgresql,
         }
         if self.parts.users.agent is not None:

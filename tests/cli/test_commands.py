@@ -14,12 +14,13 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from harmony.admin import NodeView, SelfView, StatusReply
-from harmony.cli import fence as fence_module
+from harmony.admin import NodeView, SelfView, Shown, StatusReply, StoreView
 from harmony.cli.fence import able, outlook
 from harmony.cli.main import cli
 from harmony.cli.status import health, lsn
+from harmony.cli.where import who
 from harmony.config import load
+from harmony.core.messages import Marks
 from harmony.core.states import State
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import FencerClient, call, protocol
@@ -52,7 +53,25 @@ def reply(me: str = "n1") -> StatusReply:
         for n in ("n1", "n2", "n3")
     )
     state = State.HEALTHY if me == "n1" else State.WATCHING
-    myself = SelfView(me, state, "204", "why", True, 0, 900, True, "", None)
+    store = StoreView("KV_x of t1", "", Marks(3, 9, "a", "KV_x of t1"), Shown(9, 3, "n1", 0.2), "")
+    myself = SelfView(
+        me,
+        state,
+        "204",
+        "why",
+        True,
+        0,
+        900,
+        True,
+        "",
+        None,
+        "",
+        "",
+        0,
+        retiring=False,
+        successor=None,
+        store=store,
+    )
     return StatusReply("c1", CLUSTER, 9, 0.1, False, nodes, myself)
 
 
@@ -92,6 +111,14 @@ STALE = replace(R, cluster_stale=True)
         (with_node(R, "n1", db="down"), 1, "database of n1"),
         (with_node(R, "n2", fencer_ok=False), 1, "fencer of n2"),
         (with_node(R, "n2", latched=True), 1, "latched"),
+        (replace(R, myself=replace(R.myself, distrust="lost history")), 1, "n1 DISTRUSTS the store: lost"),
+        (with_node(R, "n2", distrust="lost history"), 1, "n2 DISTRUSTS the store: lost history"),
+        (replace(R, myself=replace(R.myself, stopped="5 changes: stopped")), 1, "5 changes: stopped"),
+        (
+            replace(R, cluster=None, myself=replace(R.myself, distrust="its stream is gone")),
+            2,
+            "its stream is gone",
+        ),
     ],
 )
 def test_health(s: StatusReply, code: int, word: str | None) -> None:
@@ -227,7 +254,7 @@ def fencer_status(
     raw |= {"trust_detail": "", "highest": {"term": 3, "order": 5}, "active": None, "self_fence": None}
     raw |= {"lease_deadline_boottime_ns": None, "order": None, "fence_proven": proven, "following": None}
     raw |= {"postgres": "down" if proven else "running", "postgres_starts": 1, "is_standby": True}
-    raw |= {"held_by": "cgroup /c", "watchdog": "off", "cannot_lead": "", "change": 1}
+    raw |= {"held_by": "cgroup /c", "watchdog": "off", "cannot_lead": "", "change": 1, "shutdown_lsn": None}
     raw |= {
         "system_identifier": "7",
         "latch": {"reason": "r", "who": "w", "at_utc": "t"} if latched else None,
@@ -243,6 +270,32 @@ def test_status_table_and_json(fakes: Fakes) -> None:
         assert part in text, text
     code, text = fakes.run("status", "--json")
     assert (code, json.loads(text)["exit_code"], json.loads(text)["cluster_id"]) == (1, 1, "c1")
+
+
+def test_an_agent_that_was_not_restarted_since_an_upgrade_is_understood(fakes: Fakes) -> None:
+    told = msgspec.to_builtins(R)
+    for newer in ("distrust", "stopped", "changes", "retiring", "successor", "store"):
+        del told["myself"][newer]
+    fakes.agent(msgspec.json.encode(told))
+    assert fakes.run("status")[0] == 0
+
+
+def test_status_tells_of_distrust_and_hand_over(fakes: Fakes) -> None:
+    """The alarm and the way out, in words."""
+    myself = replace(R.myself, distrust="lost history", changes=2, retiring=True)
+    fakes.agent(msgspec.json.encode(replace(R, myself=myself, cluster=replace(CLUSTER, successor="n2"))))
+    code, text = fakes.run("status")
+    assert code == 1
+    for part in (
+        "n1 DISTRUSTS the store: lost history",
+        "harmonyctl store accept",
+        "2 failovers since",
+        "n2 is to take over from n1",
+        "n1 was asked to stop",
+    ):
+        assert part in text, text
+    code, text = fakes.run("status", "--json")
+    assert json.loads(text)["myself"]["distrust"] == "lost history"
 
 
 @pytest.mark.parametrize("data", [b'{"error":"bad request"}', b"nonsense", b'"\xff"', b""])
@@ -359,7 +412,7 @@ def test_a_host_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_000_000)
-    assert fence_module._who().startswith("uid 4000000")
+    assert who().startswith("uid 4000000")
 
 
 def test_a_broken_file_still_says_where(fakes: Fakes, tmp_path: Path) -> None:

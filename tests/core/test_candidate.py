@@ -14,11 +14,22 @@ ME = Standing("n2", True, 4, 1000, FAST.settle_ns, False, False, 100, True)
 
 
 def verdict(
-    me: Standing = ME, record: ClusterState | None = None, *members: Member, patient: bool = True
+    me: Standing = ME,
+    record: ClusterState | None = None,
+    *members: Member,
+    patient: bool = True,
+    barred: str = "",
 ) -> Verdict:
     others = {m.node: m for m in (members or (member("n3"),))}
     return judge(
-        me, record or cluster(), 50, others, settle_ns=FAST.settle_ns, maximum_lag_bytes=64, patient=patient
+        me,
+        record or cluster(),
+        50,
+        others,
+        settle_ns=FAST.settle_ns,
+        maximum_lag_bytes=64,
+        barred=barred,
+        patient=patient,
     )
 
 

@@ -16,9 +16,10 @@ from harmony.core.messages import (
     WriteDone,
 )
 from harmony.core.node import initial, step
+from harmony.core.observe import stale
 from harmony.core.states import State
 from harmony.core.timing import NS, PRESETS, Timing
-from harmony.core.view import View, stale
+from harmony.core.view import View
 from harmony.records import CLUSTER_STATE
 from tests.core.helpers import EPOCH, FAST, T0, cluster, fencer, identity, member, seen, standby
 

@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from harmony_supervisor.child import Spec
+from harmony_supervisor.main import _folders as folders
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
 
@@ -365,3 +366,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_agent_gets_a_folder_that_only_it_may_read(tmp_path: Path) -> None:
+    """What it remembers of the store survives reboots; the fencer's folder may be entered and not listed."""
+    owner = (65534, 65534) if os.geteuid() == 0 else None
+    for _ in range(2):  # also over what is there
+        folders(tmp_path / "run", tmp_path / "state", owner)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o711
+    made = (tmp_path / "state" / "agent").stat()
+    assert made.st_mode & 0o777 == 0o700
+    assert made.st_uid == (owner[0] if owner is not None else os.geteuid())

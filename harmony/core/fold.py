@@ -1,0 +1,287 @@
+"""How events change the View: one function for each kind of event, and what the end of an exchange means.
+
+Pure: time is an argument. It decides nothing; the lease's arithmetic and the memory of the store are here.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from harmony.core import register
+from harmony.core.messages import (
+    Accepted,
+    ClusterSeen,
+    Connected,
+    ControlSeen,
+    DbSeen,
+    DbSilent,
+    Event,
+    FencerSeen,
+    FencerSilent,
+    FencerView,
+    Marks,
+    MemberSeen,
+    OrderRefused,
+    ReadFailed,
+    RefreshDone,
+    Remembered,
+    Retiring,
+    StoreSeen,
+    WriteDone,
+)
+from harmony.core.register import Acked, Failed, Lost, Register
+from harmony.core.states import WRITABLE_STATES
+from harmony.core.timing import Timing
+from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
+from harmony.records import CLUSTER_STATE
+
+
+def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
+    """The view after one event."""
+    match e:
+        case Connected():
+            return replace(v, silent_from_ns=now_ns)
+        case ClusterSeen():
+            return _cluster_seen(v, e, me, t, now_ns)
+        case MemberSeen():
+            return _member_seen(v, e, me, now_ns)
+        case ControlSeen():
+            if e.revision < v.control_revision or e.record is None:
+                return v
+            return replace(v, control=e.record, control_revision=e.revision)
+        case StoreSeen():
+            return _store_seen(v, e)
+        case Remembered():
+            return _remembered(v, e)
+        case Accepted():
+            return _accepted(v, e, me, now_ns)
+        case Retiring(hand_over=hand_over):
+            return replace(v, retiring=True, hand_over=hand_over)
+        case RefreshDone(ok=ok):
+            v = replace(v, refreshing_until_ns=0, refreshed_ns=now_ns if ok else v.refreshed_ns)
+            return v if ok else replace(v, silent_from_ns=now_ns)
+        case WriteDone():
+            if e.key == CLUSTER_STATE:
+                r, out = register.write_done(v.lead, e.attempt, e.outcome, e.revision, now_ns)
+                return lead_outcome(replace(v, lead=r), out, t, now_ns)
+            r, out = register.write_done(v.own, e.attempt, e.outcome, e.revision, now_ns)
+            return own_outcome(replace(v, own=r), out, me, now_ns)
+        case ReadFailed(key=key):
+            if key == CLUSTER_STATE:
+                return replace(v, lead=register.read_failed(v.lead, now_ns))
+            return replace(v, own=register.read_failed(v.own, now_ns))
+        case DbSeen():
+            if v.order is not None and e.asked_ns < v.order.sent_ns:
+                return v  # asked before our newest order: says nothing of what that did
+            return replace(v, db=e, db_ns=now_ns)
+        case DbSilent():
+            return v
+        case FencerSeen(view=f):
+            return _fencer_seen(v, f)
+        case FencerSilent(reason=reason):
+            return replace(v, fencer_silent=reason)
+        case OrderRefused():
+            if v.order is not None and v.order.generation == e.generation:
+                return replace(v, order=replace(v.order, refused=f"{e.error}: {e.detail}"))
+            return v
+
+
+def _fencer_seen(v: View, f: FencerView) -> View:
+    v = replace(v, fencer=f, fencer_silent="")
+    if not f.postgres_up:
+        # Down while its lease is in force: it died by itself, nobody fenced it.
+        died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven
+        v = replace(v, db=None, postgres_failed=v.postgres_failed or died)
+    return v
+
+
+def _cluster_seen(v: View, e: ClusterSeen, me: Identity, t: Timing, now_ns: int) -> View:
+    v = _compared(v, e, t, now_ns)
+    known = v.read_ok and v.cluster is not None
+    before = v
+    if not known or e.revision > v.revision:
+        backwards = known and e.stamp_ns < v.stamp_ns
+        v = replace(
+            v,
+            cluster=e.record,
+            revision=e.revision,
+            stamp_ns=e.stamp_ns,
+            first_seen_ns=now_ns if not known or e.revision != before.revision else v.first_seen_ns,
+            silent_from_ns=now_ns if e.revision != before.revision or backwards else v.silent_from_ns,
+            read_ok=v.read_ok or e.by_read or e.record is not None,
+        )
+    elif e.revision == v.revision and v.stamp_ns == 0:
+        v = replace(v, stamp_ns=e.stamp_ns)
+    ours = (
+        e.record is not None
+        and is_mine(v, me, e.record)
+        and (before.cluster is None or e.record.term == before.cluster.term)
+    )
+    if not e.by_read and e.revision <= (v.lead.revision or 0):
+        return v
+    attempt = e.record.attempt if e.record is not None else ""
+    r, out = register.read_done(v.lead, attempt, e.revision, ours=ours, now_ns=now_ns)
+    return lead_outcome(marked(replace(v, lead=r)), out, t, now_ns)
+
+
+def _member_seen(v: View, e: MemberSeen, me: Identity, now_ns: int) -> View:
+    if e.name == me.node:
+        attempt = e.record.attempt if e.record is not None else ""
+        r, out = register.read_done(v.own, attempt, e.revision, ours=True, now_ns=now_ns)
+        v = own_outcome(replace(v, own=r), out, me, now_ns)
+        if e.record is not None and e.stamp_ns != v.own_stamp_ns:
+            if e.stamp_ns < v.own_stamp_ns:
+                v = replace(v, silent_from_ns=now_ns)  # the store's clock went back
+            v = replace(v, own_stamp_ns=e.stamp_ns)
+    if e.record is None or e.revision <= v.member_revision.get(e.name, 0):
+        return v
+    return replace(
+        v,
+        members={**v.members, e.name: e.record},
+        member_revision={**v.member_revision, e.name: e.revision},
+        member_changed_ns={**v.member_changed_ns, e.name: now_ns},
+    )
+
+
+def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View:
+    """Fold in the end of an exchange on cluster_state."""
+    intent = v.intent
+    match out:
+        case None:
+            return v
+        case Acked(sent_ns=sent_ns, revision=revision):
+            record = v.lead_record
+            v = replace(v, intent="beat", cluster=record, read_ok=True)
+            if revision > v.revision or v.first_seen_ns == 0:
+                v = replace(v, stamp_ns=0, first_seen_ns=now_ns, silent_from_ns=now_ns)
+            v = marked(replace(v, revision=max(revision, v.revision)))
+            if intent == "vacate":
+                return replace(v, lease_until_ns=0, failures=0, successor=None)
+            if intent in {"claim", "create"}:
+                v = replace(
+                    v, lost=False, postgres_failed=False, may_found=False, successor=None, refused=None
+                )
+            return replace(
+                v,
+                lease_until_ns=max(v.lease_until_ns, sent_ns + t.lease_ns),
+                failures=0,
+                successes=v.successes + 1 if intent == "beat" else 0,
+            )
+        case Lost():
+            pause = now_ns + t.interval_ns if intent != "beat" else v.claim_pause_until_ns
+            return replace(v, intent="beat", lost=v.lost or v.state in LEADING, claim_pause_until_ns=pause)
+        case Failed(why=why):
+            if intent == "beat":
+                return replace(v, failures=v.failures + 1, successes=0, failed_why=why)
+            return replace(
+                v,
+                intent="beat",
+                successes=0,
+                failed_why=why,
+                claim_pause_until_ns=now_ns + t.interval_ns,
+            )
+
+
+def own_outcome(v: View, out: register.Outcome, me: Identity, now_ns: int) -> View:
+    """Fold in the end of an exchange on our own member record."""
+    leading = is_leading(v, me)
+    match out:
+        case Acked():
+            return v if leading else replace(v, failures=0, successes=v.successes + 1)
+        case Failed(why=why):
+            v = replace(v, silent_from_ns=now_ns)  # the local half counts only while we are acknowledged
+            return v if leading else replace(v, failures=v.failures + 1, successes=0, failed_why=why)
+        case _:
+            return v
+
+
+# ---------------------------------------------------------------- whether the store is what it was
+#
+# Invariant (I1, I2): who has seen a term and a revision never promotes by a store that shows less: the
+# acknowledged claim of another node, and with it acknowledged commits, could be what is missing.
+
+
+def marked(v: View) -> View:
+    """Raise the marks to what is known now; not while the store is distrusted."""
+    c, m = v.cluster, v.marks
+    if c is None or v.distrust or v.went_back_ns or v.revision <= m.revision:
+        return v
+    return replace(v, marks=Marks(max(c.term, m.term), v.revision, c.attempt, v.lineage or m.lineage))
+
+
+def _compared(v: View, e: ClusterSeen, t: Timing, now_ns: int) -> View:
+    """Compare what the store shows with the marks. Less may be an old leader's answer, for a lease's time."""
+    m, c = v.marks, e.record
+    if v.distrust or not m.revision:
+        return v
+    if c is not None and e.revision > m.revision and c.term < m.term:
+        return _history(
+            v, f"its term went back from {m.term} to {c.term}, at the newer revision {e.revision}"
+        )
+    if c is not None and e.revision == m.revision and m.attempt and c.attempt != m.attempt:
+        return _history(v, f"revision {m.revision} is another one than this node has seen: two histories")
+    if not e.by_read:
+        return v
+    if c is not None and e.revision >= m.revision:
+        return replace(v, went_back_ns=0)
+    if not v.went_back_ns:
+        return replace(v, went_back_ns=now_ns)
+    if now_ns - v.went_back_ns <= t.lease_ns:
+        return v
+    if c is None:
+        return _history(v, f"it shows no cluster_state, and this node has seen term {m.term}")
+    return _history(
+        v, f"it went back from revision {m.revision} (term {m.term}) to {e.revision} (term {c.term})"
+    )
+
+
+def _history(v: View, what: str) -> View:
+    return replace(v, distrust=f"the store has lost history: {what}")
+
+
+def _store_seen(v: View, e: StoreSeen) -> View:
+    v = replace(v, lineage=e.lineage, store_problem=e.problem)
+    known = v.marks.lineage
+    if known and e.lineage and known != e.lineage and not v.distrust:
+        return _history(v, f"its stream was made anew ({e.lineage}; this node has seen {known})")
+    if v.marks.revision and not known:
+        v = replace(v, marks=replace(v.marks, lineage=e.lineage))
+    return v
+
+
+def _remembered(v: View, e: Remembered) -> View:
+    if e.damage:
+        return replace(v, distrust=f"what this node remembers of the store cannot be trusted: {e.damage}")
+    if e.marks.revision > v.marks.revision:
+        return replace(v, marks=e.marks, kept=e.marks)
+    if e.marks.term > v.marks.term:  # the store was seen before the disk answered
+        return _history(v, f"it shows term {v.marks.term}, and this node has seen term {e.marks.term}")
+    return v
+
+
+def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
+    """An operator takes the store as it is. Who leads and renews keeps all; everybody else looks anew."""
+    v = replace(v, distrust="", went_back_ns=0, may_found=e.create)
+    if is_leading(v, me) and now_ns < v.lease_until_ns:
+        return marked(replace(v, marks=Marks(lineage=v.lineage)))
+    return replace(
+        v,
+        marks=Marks(),
+        read_ok=False,
+        cluster=None,
+        revision=0,
+        stamp_ns=0,
+        first_seen_ns=now_ns,
+        silent_from_ns=now_ns,
+        lead=Register(),
+        intent="beat",
+        lead_record=None,
+        own=Register(),
+        own_stamp_ns=0,
+        members={},
+        member_revision={},
+        member_changed_ns={},
+        control=None,
+        control_revision=0,
+        lease_until_ns=0,
+    )

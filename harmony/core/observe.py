@@ -1,0 +1,302 @@
+"""What a decision may depend on, made from the View at one moment. Pure, and it changes nothing.
+
+The two-clock rule, the fate of an order, who may take over and whether leadership should be handed over.
+"""
+
+from __future__ import annotations
+
+from harmony.core import candidate
+from harmony.core.states import WRITABLE_STATES
+from harmony.core.table import Observation, Order
+from harmony.core.timing import Timing
+from harmony.core.view import Identity, View, alive, database, distrust, highest, leads, target
+from harmony.records import Switchover
+
+FENCE_PAUSE_NS = 200_000_000
+ORDER_PAUSE_NS = 1_000_000_000
+ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after this is sent anew
+
+
+def stale(v: View, t: Timing, now_ns: int) -> bool:
+    """The two-clock rule: by the store's stamps *and* by our own boot clock."""
+    by_store = v.stamp_ns > 0 and v.own_stamp_ns - v.stamp_ns > t.failover_ns
+    by_boot = now_ns - v.silent_from_ns > t.failover_ns
+    return by_store and by_boot
+
+
+def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
+    """What became of our newest order, and why when it failed."""
+    o, f = v.order, v.fencer
+    if o is None:
+        return "none", ""
+    if o.refused:
+        return "failed", o.refused
+    if f is not None and f.order == o.generation:
+        if f.order_state in {"failed", "preempted"}:
+            return "failed", f.order_detail or f.order_state
+        if f.order_state == "done" and o.op == "activate" and f.active != o.generation:
+            return "failed", "its lease ran out"
+        if f.order_state == "done" and o.op == "activate" and not f.postgres_up:
+            return "failed", "PostgreSQL died right after it"
+        return ("done" if f.order_state == "done" else "running"), ""
+    if f is not None and f.highest > o.generation:
+        return "failed", "superseded by a newer order"
+    if now_ns - o.sent_ns > ORDER_LOST_NS:
+        return "failed", "the fencer did not take it: " + (v.fencer_silent or "no answer")
+    return "running", ""
+
+
+def standing(v: View, me: Identity, t: Timing, now_ns: int) -> candidate.Standing:
+    f, db = v.fencer, v.db
+    return candidate.Standing(
+        node=me.node,
+        db_standby=database(v, t, now_ns) == "standby",
+        timeline=db.timeline if db is not None else 0,
+        received_lsn=db.received_lsn if db is not None else 0,
+        silent_ns=db.asked_ns - v.first_seen_ns if db is not None else -1,
+        latched=f is not None and f.latched is not None,
+        nofailover=me.nofailover,
+        priority=me.priority,
+        trusted=f is not None and f.trusted,
+    )
+
+
+def _foreign(v: View, me: Identity) -> str | None:
+    c, f = v.cluster, v.fencer
+    if c is None or f is None:
+        return None
+    here = f.system_identifier or (v.db.system_identifier if v.db is not None else None)
+    if here is not None and here != c.system_identifier:
+        return (
+            f"the data directory has system identifier {here}, the cluster {c.cluster_id} has "
+            f"{c.system_identifier}: it belongs to another cluster. Clone it from the primary, or correct "
+            "postgresql.data_dir or cluster.id"
+        )
+    if c.primary == me.node and c.primary_fencer_id != f.fencer_id:
+        return (
+            f"the store's primary has this node's name, {me.node}, but another fencer id: another host uses "
+            "the name, or this host lost its state_dir. Correct node.name, or wait until another node leads"
+        )
+    return None
+
+
+# ---------------------------------------------------------------- anti-flap
+
+
+def losses(v: View, me: Identity, now_ns: int) -> int:
+    """How often leadership was lost by a failure of ours within the flap window."""
+    return sum(now_ns - at <= me.policy.flap_window_ns for at in v.losses)
+
+
+def needed(v: View, me: Identity, t: Timing, now_ns: int) -> int:
+    """Good heartbeats before leading again: success_threshold, twice as many after each loss but the first."""
+    return int(t.success_threshold * 2 ** min(4, max(0, losses(v, me, now_ns) - 1)))
+
+
+def stopped(v: View, me: Identity) -> str:
+    """Why automatic failover is stopped: too many changes of leadership that nobody has looked into."""
+    c, p = v.cluster, me.policy
+    if c is None or not p.maximum_changes:
+        return ""
+    seen = v.control.acknowledged if v.control is not None else 0
+    now = max(v.own_stamp_ns, v.stamp_ns)
+    recent = [term for term, at in c.changes if term > seen and now - at <= p.changes_window_ns]
+    if len(recent) < p.maximum_changes:
+        return ""
+    return (
+        f"{len(recent)} changes of leadership within {p.changes_window_s:g} s (failover.maximum_changes "
+        f"{p.maximum_changes}): automatic failover is stopped until harmonyctl acknowledge"
+    )
+
+
+# ---------------------------------------------------------------- hand-over
+
+
+def unfit(v: View, name: str, t: Timing, now_ns: int) -> str:
+    """Why `name` cannot take leadership over from us, the leader, now; empty: it can."""
+    c, m = v.cluster, v.members.get(name)
+    if c is None or m is None or not alive(v, name, t, now_ns):
+        return f"{name} is not alive"
+    if m.latched or m.nofailover:
+        return f"{name} is {'latched by an operator' if m.latched else 'tagged nofailover'}"
+    if m.distrust or not m.fencer_ok:
+        return f"{name} {'distrusts the store' if m.distrust else 'has no fencer'}"
+    if m.db != "standby" or m.timeline < c.timeline:
+        return f"{name} does not run as a standby on timeline {c.timeline}"
+    if c.sync_count and name not in c.sync_voters:
+        return f"{name} is not one of the recorded synchronous standbys"
+    return ""
+
+
+def behind(v: View, name: str, me: Identity) -> str:
+    """Why `name`, fit as it is, has not caught up; empty: it has."""
+    c, m = v.cluster, v.members.get(name)
+    if c is None or m is None or not m.streaming:
+        return f"{name} does not stream from us"
+    lag = c.lsn - m.received_lsn
+    return "" if lag <= me.maximum_lag_bytes else f"{name} is {lag} bytes behind"
+
+
+def _ready(v: View, name: str, me: Identity, t: Timing, now_ns: int) -> str:
+    return unfit(v, name, t, now_ns) or behind(v, name, me)
+
+
+def asked(v: View) -> Switchover | None:
+    """The operators' switchover request that is about this term and has not come to nothing."""
+    c = v.cluster
+    wish = v.control.switchover if v.control is not None else None
+    if c is None or wish is None or wish.term != c.term:
+        return None
+    return None if any(r is not None and r[0] == wish.id for r in (v.refused, c.refused)) else wish
+
+
+def preferred_fit(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
+    """Whether the preferred primary, another than we who lead, could take over."""
+    name = me.policy.preferred_primary
+    leading = v.state in WRITABLE_STATES and name not in {"", me.node}
+    return leading and not _ready(v, name, me, t, now_ns)
+
+
+def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, str]:
+    """To whom leadership should be handed over, and why a switchover that was asked for cannot be."""
+    if v.state not in WRITABLE_STATES:
+        return None, ""
+    reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
+    fit = [n for n, why in reasons.items() if not why]
+    ahead = sorted(fit, key=lambda n: (-v.members[n].received_lsn, -v.members[n].priority, n))
+    best = ahead[0] if ahead else None
+    wish = asked(v)
+    if wish is not None:
+        to = wish.to or best
+        if to in fit:
+            return to, ""
+        if to is None:
+            return None, "; ".join(reasons.values()) or "there is no other member"
+        return None, reasons.get(to, f"{to} is {'leading already' if to == me.node else 'no member'}")
+    if v.retiring and v.hand_over:
+        return best, ""
+    if me.policy.failback == "automatic" and not distrust(v) and not stopped(v, me):
+        held = v.preferred_fit_ns and now_ns - v.preferred_fit_ns >= me.policy.failback_after_ns
+        if held and now_ns >= v.handover_pause_until_ns:
+            return me.policy.preferred_primary, ""
+    return None, ""
+
+
+def confirms(v: View, me: Identity, t: Timing, now_ns: int) -> int:
+    """The term in which we, named as the successor, are ready to lead; 0: not named, or not ready."""
+    c, f = v.cluster, v.fencer
+    if c is None or c.successor != me.node or c.primary in {None, me.node} or f is None or v.fencer_silent:
+        return 0
+    fit = (
+        f.trusted
+        and f.latched is None
+        and not (me.nofailover or distrust(v) or v.retiring)
+        and v.failures == 0
+        and database(v, t, now_ns) == "standby"
+    )
+    return c.term if fit else 0
+
+
+def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, bool]:
+    """Of the successor that we have named: whether it could take over, and whether it has said so."""
+    c, name = v.cluster, v.successor
+    if c is None or name is None or unfit(v, name, t, now_ns):
+        return False, False
+    said = c.successor == name and v.members[name].confirms == c.term
+    return True, said and not behind(v, name, me)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
+    """What a decision at `now_ns` may depend on."""
+    f = v.fencer
+    who = leads(v, me)
+    db = database(v, t, now_ns)
+    fate, fate_why = order_fate(v, now_ns)
+    pause = FENCE_PAUSE_NS if v.order is not None and v.order.op == "fence" else ORDER_PAUSE_NS
+    term = v.cluster.term if v.cluster is not None else 0
+    is_stale = stale(v, t, now_ns)
+    flapping = losses(v, me, now_ns) > 1
+    steady = v.failures == 0 and v.successes >= needed(v, me, t, now_ns)
+    verdict = candidate.Verdict(ok=False, why="")
+    if v.cluster is not None and (who == "vacant" or (who == "other" and is_stale)):
+        quiet = now_ns - v.silent_from_ns - (t.failover_ns if who == "other" else 0)
+        verdict = candidate.judge(
+            standing(v, me, t, now_ns),
+            v.cluster,
+            v.revision,
+            v.members,
+            settle_ns=t.settle_ns if who == "other" else 0,
+            maximum_lag_bytes=me.maximum_lag_bytes,
+            barred=_barred(v, me, steady=steady),
+            patient=quiet < 2 * (t.interval_ns + t.timeout_ns),
+        )
+    up = f is not None and f.postgres_up
+    to, why_not = wanted(v, me, t, now_ns)
+    successor_fit, confirmed = _successor(v, me, t, now_ns)
+    return Observation(
+        state=v.state,
+        leads=who,
+        lost=v.lost,
+        failures=v.failures,
+        failing=v.failures >= t.failure_threshold,
+        recovered=steady,
+        lease_left=now_ns < v.lease_until_ns,
+        fencer_known=f is not None,
+        granted=(
+            f is not None
+            and f.active is not None
+            and f.active[0] == term
+            and f.lease_deadline_ns is not None
+            and now_ns < max(f.lease_deadline_ns, v.lease_until_ns)
+        ),
+        fence_proven=f is not None and f.fence_proven and not f.postgres_up and f.highest >= highest(v),
+        order=fate,
+        order_op=v.order.op if v.order is not None else "",
+        order_why=fate_why,
+        may_order=v.order is None or now_ns - v.order.sent_ns >= pause,
+        postgres_up=up,
+        db=db,
+        following_right=up
+        and f is not None
+        and f.is_standby
+        and (who != "other" or f.following == target(v, me)),
+        postgres_failed=v.postgres_failed,
+        peer_ready=not stopped(v, me)
+        and any(n != me.node and n in v.members and not unfit(v, n, t, now_ns) for n in me.members),
+        flapping=flapping,
+        term_behind=highest(v)[0] > term,
+        latched=f is not None and f.latched is not None,
+        trusted=f is not None and f.trusted,
+        identified=f is not None and f.system_identifier is not None,
+        virgin=f is not None and f.highest[0] == 0,
+        may_claim=now_ns >= v.claim_pause_until_ns,
+        writing=v.intent != "beat",
+        stale=is_stale,
+        eligible=verdict.ok,
+        eligible_why=verdict.why,
+        foreign=_foreign(v, me),
+        distrust=distrust(v),
+        may_found=v.may_found,
+        wanted=to,
+        wanted_why=why_not,
+        named=v.successor,
+        successor_fit=successor_fit,
+        confirmed=confirmed,
+        named_long=v.successor is not None and now_ns - v.named_ns > t.failover_ns,
+    )
+
+
+def _barred(v: View, me: Identity, *, steady: bool) -> str:
+    """Why this node may not promote whatever its WAL; empty: it may."""
+    c = v.cluster
+    if v.retiring:
+        return "this agent was asked to stop"
+    if distrust(v):
+        return f"the store is distrusted: {distrust(v)}"
+    if v.losses and not steady:
+        return "leadership was lost here more than once: waiting for more good heartbeats"
+    planned = c is not None and c.primary is None and c.successor is not None
+    return "" if planned else stopped(v, me)

@@ -1,0 +1,96 @@
+"""The agent's process: it retires when asked to, within a bound, and at once when asked twice (O1)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from harmony.agent.main import RETIRING_S, on_signals
+from harmony.config import load
+from harmony.core.messages import Event, Retiring
+
+CONFIG = """
+[cluster]
+id = "c1"
+preferred_primary = "n1"
+[node]
+name = "n2"
+run_dir = "{folder}"
+state_dir = "{folder}"
+[members]
+n1.host = "10.0.0.1"
+n2.host = "10.0.0.2"
+[store]
+type = "memory"
+[timing]
+preset = "fast"
+[postgresql]
+data_dir = "/nowhere"
+"""
+
+
+async def test_the_first_signal_retires_and_the_second_ends() -> None:
+    posted: list[Event] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            partial(on_signals, posted.append, nursery.cancel_scope, hand_over=True, bound_s=60)
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with trio.fail_after(2):
+            while not posted:
+                await trio.sleep(0.005)
+        assert posted == [Retiring(hand_over=True)]
+        assert not nursery.cancel_scope.cancel_called
+        os.kill(os.getpid(), signal.SIGINT)
+        await trio.sleep(2)
+        raise AssertionError("it goes on")
+
+
+async def test_it_never_waits_longer_than_its_bound(autojump_clock: trio.testing.MockClock) -> None:
+    """Below what the supervisor waits before it kills: fence_timeout_s + 3 s."""
+    assert RETIRING_S < 3
+    posted: list[Event] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            partial(on_signals, posted.append, nursery.cancel_scope, hand_over=False, bound_s=4)
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep(100)
+        raise AssertionError("it goes on")
+    assert posted == [Retiring(hand_over=False)]
+
+
+@pytest.mark.real
+def test_a_process_with_nothing_to_hand_over_ends_at_once() -> None:
+    """The whole agent, with no fencer and no database; its memory stays on disk."""
+    with tempfile.TemporaryDirectory(prefix="hagent") as name:
+        folder = Path(name)
+        (folder / "agent").mkdir()
+        (folder / "harmony.toml").write_text(CONFIG.format(folder=folder))
+        resolved = folder / "agent.json"
+        resolved.write_bytes(msgspec.json.encode(load(folder / "harmony.toml", {})))
+        argv = [sys.executable, "-I", "-m", "harmony.agent", "--resolved", str(resolved)]
+        with (folder / "log").open("wb") as log, subprocess.Popen(argv, stderr=log, stdout=log) as process:
+            until = time.monotonic() + 10
+            while not (folder / "agent" / "agent.sock").exists() and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert process.wait(10) == 0, (folder / "log").read_text()
+            assert time.monotonic() - began < 2.5
+        text = (folder / "log").read_text()
+        assert "retired" in text, text

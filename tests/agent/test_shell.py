@@ -1,0 +1,191 @@
+"""The shell around the core: what the store shows reaches the core, what the core decides reaches the world.
+
+A memory store, no fencer, a database that is silent; everything else is real, with the times of the preset `fast`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from harmony.admin import AcceptReply, ErrorReply
+from harmony.agent import memory
+from harmony.agent.main import identity
+from harmony.agent.memory import Memory
+from harmony.agent.shell import Shell, World
+from harmony.config import Config, load
+from harmony.core.messages import DbSilent, Marks, Remembered, Retiring
+from harmony.records import CLUSTER_STATE, CONTROL, Control, encode
+from harmony.store.memory import MemoryServer, MemoryStore
+from tests.cli.test_commands import CLUSTER
+
+CONFIG = """
+[cluster]
+id = "c1"
+preferred_primary = "n1"
+[node]
+name = "n2"
+[members]
+n1.host = "10.0.0.1"
+n2.host = "10.0.0.2"
+[timing]
+preset = "fast"
+[failover]
+failback = "automatic"
+maximum_changes = 3
+[postgresql]
+data_dir = "/nowhere"
+"""
+LEADS = msgspec.structs.replace(CLUSTER, cluster_id="c1", primary="n1", last_primary="n1")
+
+
+class SilentProbe:
+    async def ask(self, now_ns: int, timeout_s: float) -> DbSilent:
+        return DbSilent("no database in this test")
+
+
+@dataclass
+class Running:
+    shell: Shell
+    server: MemoryServer
+    store: MemoryStore
+    folder: Path
+    ended: trio.Event
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        with trio.fail_after(5):
+            while not condition():
+                await trio.sleep(0.005)
+
+    async def put(self, key: str, value: bytes) -> int:
+        found = await self.store.get(key, timeout_s=1)
+        revision = found.revision if found is not None else 0
+        return await self.store.update(key, value, revision, timeout_s=1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    file = tmp_path / "harmony.toml"
+    file.write_text(CONFIG)
+    return load(file, {})
+
+
+@contextlib.asynccontextmanager
+async def running(
+    config: Config, tmp_path: Path, server: MemoryServer, remembered: Remembered | None = None
+) -> AsyncIterator[Running]:
+    store, kept = MemoryStore(server, "c1"), Memory(tmp_path, "c1")
+    found = remembered or memory.load(tmp_path, "c1")
+    probe = SilentProbe()
+    world = World(store, probe, kept, found, str(tmp_path / "none"), lambda text: None)  # type: ignore[arg-type]
+    made = Running(Shell(config, identity(config), world), server, store, tmp_path, trio.Event())
+
+    async def run() -> None:
+        await made.shell.run()
+        made.ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kept.run)
+        nursery.start_soon(run)
+        yield made
+        nursery.cancel_scope.cancel()
+
+
+def test_the_policy_is_the_configurations(config: Config) -> None:
+    """C2: every value of [failover] reaches the core."""
+    p = identity(config).policy
+    assert (p.failback, p.maximum_changes, p.preferred_primary) == ("automatic", 3, "n1")
+    assert (p.failback_after_s, p.changes_window_s, p.flap_window_s) == (60.0, 3600.0, 600.0)
+
+
+async def test_what_was_seen_is_kept_and_compared_at_the_next_start(config: Config, tmp_path: Path) -> None:
+    """I2, I4: a store that was rolled back while no agent ran is noticed by what the disk remembers."""
+    server = MemoryServer()
+    async with running(config, tmp_path, server) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: memory.load(tmp_path, "c1").marks.term == LEADS.term)
+    found = memory.load(tmp_path, "c1").marks
+    assert found.lineage == "memory-1"
+    anew = MemoryServer(lineage="memory-2")
+    async with running(config, tmp_path, anew) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: r.shell.status().myself.distrust)
+        assert "made anew" in r.shell.status().myself.distrust
+        shown = r.shell.status().myself.store
+        assert (shown.lineage, shown.marks.lineage) == ("memory-2", "memory-1")
+        assert memory.load(tmp_path, "c1").marks == found
+        reply = r.shell.accept(create=False, who="somebody")
+        assert isinstance(reply, AcceptReply)
+        assert "memory-2" in reply.accepted
+        await r.until(lambda: not r.shell.status().myself.distrust)
+        await r.until(lambda: memory.load(tmp_path, "c1").marks.lineage == "memory-2")
+        again = r.shell.accept(create=False, who="somebody")
+        assert isinstance(again, ErrorReply)
+        assert "nothing to accept" in again.error
+
+
+async def test_a_damaged_memory_is_an_alarm_until_it_is_accepted(config: Config, tmp_path: Path) -> None:
+    """I2: a torn file is never taken for a first start."""
+    (tmp_path / memory.NAME).write_bytes(b"torn")
+    async with running(config, tmp_path, MemoryServer()) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: r.shell.status().myself.distrust)
+        assert str(tmp_path / memory.NAME) in r.shell.status().myself.store.memory
+        r.shell.accept(create=False, who="somebody")
+        await r.until(lambda: memory.load(tmp_path, "c1").marks.term == LEADS.term)
+        await r.until(lambda: not r.shell.status().myself.store.memory)
+
+
+async def test_problems_come_and_go(config: Config, tmp_path: Path) -> None:
+    """I2: what makes the store untrustworthy is distrusted while it lasts, without an operator."""
+    async with running(config, tmp_path, MemoryServer()) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        r.server.problem = "num_replicas is 1"
+        await r.until(lambda: "num_replicas is 1" in r.shell.status().myself.distrust)
+        r.server.problem = ""
+        await r.until(lambda: not r.shell.status().myself.distrust)
+
+
+async def test_what_operators_ask_for_is_seen(config: Config, tmp_path: Path) -> None:
+    """By the watch at once; one of another version is reported, and keeps nobody from deciding."""
+    async with running(config, tmp_path, MemoryServer()) as r:
+        changed = msgspec.structs.replace(LEADS, changes=((2, 1), (3, 2)))
+        await r.put(CLUSTER_STATE, encode(changed))
+        await r.until(lambda: r.shell.status().myself.changes == 2)
+        await r.put(CONTROL, encode(Control(attempt="x", acknowledged=2)))
+        await r.until(lambda: r.shell.status().myself.changes == 1)
+        await r.put(CONTROL, b'{"from":"the future"}')
+        before = r.shell._view.refreshed_ns
+        await r.until(lambda: r.shell._view.refreshed_ns > before)
+        assert r.shell.status().myself.changes == 1
+
+
+async def test_asked_to_stop_it_ends_when_nothing_holds_it(config: Config, tmp_path: Path) -> None:
+    """O1: a standby has nothing to hand over."""
+    async with running(config, tmp_path, MemoryServer()) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: r.shell.status().cluster is not None)
+        r.shell.post(Retiring(hand_over=True))
+        with trio.fail_after(2):
+            await r.ended.wait()
+
+
+async def test_a_store_that_is_gone_is_made_anew_only_where_it_is_to_be_founded(
+    config: Config, tmp_path: Path
+) -> None:
+    """I2: without --found the acceptance creates nothing."""
+    remembered = Remembered(Marks(3, 7, "a", "memory-1"))
+    async with running(config, tmp_path, MemoryServer(missing=True), remembered) as r:
+        await r.until(lambda: "is gone" in r.shell.status().myself.distrust)
+        r.shell.accept(create=False, who="somebody")
+        await trio.sleep(0.2)
+        assert r.server.missing
+        r.shell.accept(create=True, who="somebody")
+        assert not r.server.missing
+        await r.until(lambda: r.shell.status().myself.store.lineage == "memory-2")

@@ -1,0 +1,155 @@
+"""What operators ask of the cluster: by compare-and-set, straight in the store (D1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from click.testing import CliRunner
+
+from harmony.cli.control import Impossible, change
+from harmony.cli.main import cli
+from harmony.errors import StoreUnavailable
+from harmony.records import CLUSTER_STATE, CONTROL, ClusterState, Control, Switchover, decode_control, encode
+from harmony.store.memory import MemoryServer, MemoryStore
+from tests.cli.test_commands import CLUSTER
+from tests.store.conftest import Server, opener, server
+
+__all__ = ["server"]  # a fixture
+WISH = Switchover("id", "n2", 3, "somebody")
+
+
+def acknowledged(control: Control, cluster: ClusterState) -> Control:
+    return msgspec.structs.replace(control, acknowledged=cluster.term)
+
+
+async def stored(server: MemoryServer) -> MemoryStore:
+    store = MemoryStore(server, "c1")
+    await store.create(CLUSTER_STATE, encode(CLUSTER), timeout_s=1)
+    return store
+
+
+async def test_made_where_it_is_missing_and_the_rest_is_kept() -> None:
+    store = await stored(MemoryServer())
+    made = await change(store, acknowledged)
+    assert (made.acknowledged, made.switchover) == (3, None)
+    entry = await store.get(CONTROL, timeout_s=1)
+    assert entry is not None
+    wished = msgspec.structs.replace(made, switchover=WISH, acknowledged=1)
+    await store.update(CONTROL, encode(wished), entry.revision, timeout_s=1)
+    again = await change(store, acknowledged)
+    assert (again.acknowledged, again.switchover) == (3, WISH)
+    assert again.attempt not in {made.attempt, ""}
+
+
+async def test_without_a_cluster_there_is_nothing_to_ask() -> None:
+    with pytest.raises(Impossible, match="no record yet"):
+        await change(MemoryStore(MemoryServer(), "c1"), acknowledged)
+
+
+async def test_somebody_else_is_never_overwritten() -> None:
+    """D1: who was faster stays; we read again, and give up with the reason where that never ends."""
+    server = MemoryServer()
+    store, other = await stored(server), MemoryStore(server, "c1")
+    rounds = 0
+
+    async def interfere() -> None:
+        entry = await other.get(CONTROL, timeout_s=1)
+        seen = decode_control(entry.value) if entry is not None else Control(attempt="")
+        changed = msgspec.structs.replace(seen, attempt=f"other-{rounds}", switchover=WISH)
+        await other.update(CONTROL, encode(changed), entry.revision if entry is not None else 0, timeout_s=1)
+
+    class Slow(MemoryStore):
+        limit = 2
+
+        async def update(self, key: str, value: bytes, revision: int, *, timeout_s: float) -> int:
+            nonlocal rounds
+            rounds += 1
+            if rounds <= self.limit:
+                await interfere()
+            return await super().update(key, value, revision, timeout_s=timeout_s)
+
+    slow = Slow(server, "c1")
+    found = await change(slow, acknowledged)
+    assert (found.acknowledged, found.switchover, rounds) == (3, WISH, 3)
+    slow.limit = 1000
+    with pytest.raises(Impossible, match="not written after 5 tries"):
+        await change(slow, acknowledged)
+    assert await store.get(CONTROL, timeout_s=1) is not None
+
+
+async def test_a_lost_answer_is_looked_up() -> None:
+    """Written and not acknowledged: found by its attempt id, and not written twice. Lost: written again."""
+    server = MemoryServer()
+    store = await stored(server)
+    store.faults.lost_ack = 1
+    assert (await change(store, acknowledged)).acknowledged == 3
+    assert server.revision == 2
+    store.faults.lost = 1
+    assert (await change(store, acknowledged)).acknowledged == 3
+    assert server.revision == 3
+    store.faults.disconnected = True
+    with pytest.raises(StoreUnavailable):
+        await change(store, acknowledged)
+
+
+async def test_a_record_of_another_version_is_left_alone() -> None:
+    store = await stored(MemoryServer())
+    await store.create(CONTROL, b'{"of":"tomorrow"}', timeout_s=1)
+    with pytest.raises(Impossible, match="not a record of this version"):
+        await change(store, acknowledged)
+
+
+# ---------------------------------------------------------------- the command
+
+CONFIG = """
+[cluster]
+id = "{cluster}"
+preferred_primary = "n1"
+[node]
+name = "n1"
+[members]
+n1.host = "10.0.0.1"
+n2.host = "10.0.0.2"
+[store]
+urls = ["{url}"]
+[postgresql]
+data_dir = "/nowhere"
+"""
+
+
+def acknowledge(tmp_path: Path, cluster: str, url: str) -> tuple[int, str]:
+    file = tmp_path / "harmony.toml"
+    file.write_text(CONFIG.format(cluster=cluster, url=url))
+    result = CliRunner().invoke(cli, ["acknowledge", "--config", str(file)], env={"HARMONY_CONFIG": None})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.real
+def test_acknowledge_in_a_real_store(server: Server, tmp_path: Path) -> None:
+    """From any node, whatever the agents do; no bucket is made by it."""
+    code, text = acknowledge(tmp_path, "nowhere", server.url)
+    assert code == 1
+    assert "is gone" in text or "cannot be reached" in text
+
+    async def found() -> None:
+        async with opener(server.url)("c1") as store:
+            with trio.fail_after(10):
+                while not store.connected:
+                    await trio.sleep(0.01)
+            await store.create(CLUSTER_STATE, encode(CLUSTER), timeout_s=2)
+
+    trio.run(found)
+    for _ in range(2):
+        code, text = acknowledge(tmp_path, "c1", server.url)
+        assert code == 0, text
+        assert "up to term 3" in text
+
+
+def test_a_wrong_configuration_is_named(tmp_path: Path) -> None:
+    code, text = acknowledge(tmp_path, "NOT AN ID", "nats://127.0.0.1:1")
+    assert code == 78
+    assert "cluster.id" in text
