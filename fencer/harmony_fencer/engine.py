@@ -58,7 +58,14 @@ class Engine(Protocol):
         """
 
     async def ended(self, pid: int, within_s: float) -> bool:
-        """Wait for the process's end, `within_s` at most: whether it has ended. Raises OSError: cannot tell."""
+        """Wait for the process's end, `within_s` at most: whether it has ended. Raises OSError: cannot tell.
+
+        Where it `notices`, also until something that could_write() depends on may have changed.
+        """
+
+    @property
+    def notices(self) -> bool:
+        """Whether ended() returns as soon as could_write() may have changed."""
 
     async def system_identifier(self) -> str | None:
         """From the control file, once read for good."""

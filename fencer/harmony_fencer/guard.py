@@ -16,7 +16,7 @@ from harmony_fencer.watchdog import WatchdogError, may_pet
 
 WATCH_S = 0.05
 STRAY_S = 0.2
-LEASED_S = 1.0
+SURE_S = 1.0  # where nothing has to be found by looking, or changes tell by themselves
 MARK_AGAIN_S = 1.0
 NEVER_SPIN_S = 0.01  # a postmaster.pid that changes all the time must not starve the guard
 
@@ -59,7 +59,9 @@ async def _watch_one(fencer: Fencer) -> None:
         await _while_down(fencer)
         return
     # Under a lease nobody else's writability is looked for, only the end.
-    while not await engine.ended(pid, STRAY_S if fencer.deadline_ns is None else LEASED_S):
+    while not await engine.ended(
+        pid, SURE_S if fencer.deadline_ns is not None or engine.notices else STRAY_S
+    ):
         if fencer.deadline_ns is None and not fencer.busy and engine.could_write():
             # Promoted or started by somebody else: it writes, and no lease covers it.
             await fencer.fence_by_itself("PostgreSQL is writable without a lease")

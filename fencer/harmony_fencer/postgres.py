@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from harmony_fencer import durable, processes, settings
+from harmony_fencer.changes import PAUSE_S, Changes
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
@@ -30,6 +31,16 @@ _MAY_BE_PRIMARY = {b"ready", b"stopping"}
 _VERSION_OFFSET, _STATE_OFFSET, _CHECKPOINT_OFFSET = 8, 16, 32
 _VERSIONS = range(1300, 1900)
 _SHUT_DOWN, _IN_PRODUCTION = 1, 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Watched:
+    """The postmaster that is waited for, and postmaster.pid as it was when it was verified."""
+
+    pid: int
+    fd: int
+    mark: tuple[int, int] | None
+    changes: Changes | None
 
 
 class Postgres:
@@ -51,6 +62,9 @@ class Postgres:
         )
         self.where = self.tree.where
         self._system_identifier: str | None = None
+        self._lock_file = self.data / "postmaster.pid"
+        self._signal_file = self.data / "standby.signal"
+        self._watched: _Watched | None = None
 
     # ------------------------------------------------------------ looking
 
@@ -68,7 +82,7 @@ class Postgres:
         return _exists(self.data / "PG_VERSION", otherwise=True)
 
     def is_standby(self) -> bool:
-        return _exists(self.data / "standby.signal", otherwise=False)
+        return _exists(self._signal_file, otherwise=False)
 
     def could_write(self) -> bool:
         return not self.is_standby() or self._runs_as_primary()
@@ -76,7 +90,7 @@ class Postgres:
     def _runs_as_primary(self) -> bool:
         # standby.signal may have been written under a running primary: the postmaster's own word is wanted.
         try:
-            lines = durable.read_small(self.data / "postmaster.pid", 4096).split(b"\n")
+            lines = durable.read_small(self._lock_file, 4096).split(b"\n")
             if len(lines) < _STATUS_LINE or lines[_STATUS_LINE - 1].strip() not in _MAY_BE_PRIMARY:
                 return False
             if self.postmaster() is None:
@@ -95,19 +109,53 @@ class Postgres:
         names = [n for n in os.listdir(self.data / "pg_wal") if _WAL.match(n)]
         return max((int(n[:8], 16) for n in names), default=0)
 
+    @property
+    def notices(self) -> bool:
+        return self._watched is not None and self._watched.changes is not None
+
     async def ended(self, pid: int, within_s: float) -> bool:
+        # The pidfd is kept from one look to the next: who it is is asked again only when postmaster.pid has changed.
         try:
-            fd = os.pidfd_open(pid)
+            mark = _mark(self._lock_file)
+            if self._watched is None or (self._watched.pid, self._watched.mark) != (pid, mark):
+                self._unwatch()
+                self._watched = _Watched(pid, os.pidfd_open(pid), mark, self._changes())
+                if self.postmaster() != pid:
+                    self._unwatch()
+                    return True  # the pidfd may be another program's by now
+                within_s = min(within_s, PAUSE_S)  # what changed before Changes was there has told nobody
         except ProcessLookupError:
             return True
-        try:
-            if self.postmaster() != pid:
-                return True  # the pidfd may be another program's by now
+        fd, changes = self._watched.fd, self._watched.changes
+        async with trio.open_nursery() as nursery:
+
+            async def noticed(changes: Changes) -> None:
+                await changes.wait()
+                nursery.cancel_scope.cancel()
+
+            if changes is not None:
+                nursery.start_soon(noticed, changes)
             with trio.move_on_after(within_s):
                 await trio.lowlevel.wait_readable(fd)
-            return processes.has_ended(fd)
-        finally:
-            os.close(fd)
+            nursery.cancel_scope.cancel()
+        if processes.has_ended(fd):
+            self._unwatch()
+            return True
+        return False
+
+    def _changes(self) -> Changes | None:
+        try:
+            return Changes(self.data)
+        except OSError as e:  # then it is looked at more often
+            log.seldom("changes in the data directory cannot be waited for", why=str(e))
+            return None
+
+    def _unwatch(self) -> None:
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            os.close(watched.fd)
+            if watched.changes is not None:
+                watched.changes.close()
 
     async def _control(self, field: str) -> str:
         out = await self._programs.run("pg_controldata", "-D", self._c.data_dir, timeout_s=CONTROL_S)
@@ -236,6 +284,18 @@ def shutdown_checkpoint(data: Path) -> int | None:
 def _exists(path: Path, *, otherwise: bool) -> bool:
     """`otherwise`, the safe answer, where the disk or the folder does not tell."""
     try:
-        return path.exists()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError:
         return otherwise
+    return True
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What changes when the file is written anew or replaced; None where it is not there. Raises OSError."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

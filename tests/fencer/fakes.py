@@ -405,6 +405,8 @@ class SteppedEngine:
     def halted(self) -> bool:
         return self._halted
 
+    notices = False
+
     async def ended(self, pid: int, within_s: float) -> bool:
         with trio.move_on_after(within_s):
             await self.world.ends[pid].wait()

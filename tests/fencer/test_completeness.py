@@ -22,8 +22,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import trio
 
 from harmony_fencer import cgroup, processes, protocol
+from harmony_fencer.config import load
+from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation
 from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns, memory_folder
 
@@ -804,6 +807,27 @@ def test_standby_signal_put_back_under_a_writable_one(node: Node) -> None:
 
 
 @by_hand
+async def test_the_watch_wakes_up_when_a_standby_is_promoted_by_hand(node: Node) -> None:
+    """I1: by what changes in the data directory; the look once a second is only the net beneath."""
+    node.start()
+    node.follow(1, 1)
+    beside = Postgres(load(str(node.config)), lasting=False)
+    master = node.postmaster()
+    node.kill_fencer()
+    with trio.fail_after(30):
+        assert not await beside.ended(master, 20), "the first look is over at once"
+        assert beside.notices
+        assert not beside.could_write()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, node.promote_by_hand)
+            while not beside.could_write():
+                assert not await beside.ended(master, 600)
+        node.kill_postgres()
+        while not await beside.ended(master, 600):
+            pass
+
+
+@by_hand
 def test_standby_signal_removed_while_down_is_written_again(node: Node) -> None:
     """I1: also after a fence that a full disk kept from writing it."""
     node.start()
@@ -847,6 +871,12 @@ def test_only_an_accepted_activate_takes_the_mark_away(node: Node) -> None:
     assert mark.exists()
 
 
+def self_fence_state(node: Node) -> str:
+    """Of the newest fence that nobody ordered, when it was for being writable."""
+    found = node.status().self_fence
+    return found.state if found is not None and "without a lease" in found.reason else ""
+
+
 @by_hand
 def test_a_latch_says_who_when_and_why_and_outlives_everything(node: Node) -> None:
     """I1, O7: also a SIGKILL in the middle of the fence; a latched node is not started writable by anybody."""
@@ -872,7 +902,7 @@ def test_a_latch_says_who_when_and_why_and_outlives_everything(node: Node) -> No
         node.start()
     (node.data / "standby.signal").unlink(missing_ok=True)
     node.hand()
-    node.wait(lambda: not node.pids(), "started writable by hand: fenced", 5)
+    node.wait(lambda: self_fence_state(node) == "done", "started writable by hand: fenced", 5)
     node.tidy()
     node.hand()
     node.wait(node.in_recovery, "a standby may run")
