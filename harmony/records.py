@@ -93,6 +93,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     confirms: Count = 0  # the term in which this node, named as the successor, has said: ready
     distrust: str = ""  # why this node does not trust the store
+    retiring: bool = False  # its agent was asked to stop
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

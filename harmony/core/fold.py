@@ -185,6 +185,8 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
 def own_outcome(v: View, out: register.Outcome, me: Identity, now_ns: int) -> View:
     """Fold in the end of an exchange on our own member record."""
     leading = is_leading(v, me)
+    if v.farewell == "begun" and out is not None:
+        v = replace(v, farewell="over")
     match out:
         case Acked():
             return v if leading else replace(v, failures=0, successes=v.successes + 1)
@@ -261,7 +263,7 @@ def _remembered(v: View, e: Remembered) -> View:
 
 def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
     """An operator takes the store as it is. Who leads and renews keeps all; everybody else looks anew."""
-    v = replace(v, distrust="", went_back_ns=0, may_found=e.create)
+    v = replace(v, distrust="", went_back_ns=0, may_found=e.create, kept=None)
     if is_leading(v, me) and now_ns < v.lease_until_ns:
         return marked(replace(v, marks=Marks(lineage=v.lineage)))
     return replace(

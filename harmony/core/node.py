@@ -76,7 +76,7 @@ def step(
     v = _lead(v, me, t, now_ns, commands)
     v = _own(v, me, t, now_ns, commands)
     v = _keep(v, now_ns, commands)
-    if v.retiring and not _handing_over(v, o, me):
+    if v.farewell == "over" and not _handing_over(v, o, me):
         commands.append(Stop(v.why))
     return v, commands
 
@@ -90,7 +90,7 @@ def _handing_over(v: View, o: Observation, me: Identity) -> bool:
 
 def _keep(v: View, now_ns: int, commands: list[Command]) -> View:
     """Have the marks kept on disk: at once when the term or the lineage is new, else now and then."""
-    new = (v.marks.term, v.marks.lineage) != (v.kept.term, v.kept.lineage)
+    new = v.kept is None or (v.marks.term, v.marks.lineage) != (v.kept.term, v.kept.lineage)
     if v.marks == v.kept or not (new or now_ns - v.kept_ns >= KEEP_NS):
         return v
     commands.append(Remember(v.marks))
@@ -101,8 +101,9 @@ def _apply(
     v: View, d: Decision, o: Observation, me: Identity, t: Timing, now_ns: int
 ) -> tuple[View, list[Command]]:
     commands: list[Command] = []
-    if d.next is not v.state or (d.row, d.why) != (v.row, v.why):
-        commands.append(Log(str(d.row), v.state, d.next, d.why))
+    row, why = (d.row, d.why) if d.row else v.entered
+    if d.next is not v.state or (row, why) != (v.row, v.why):
+        commands.append(Log(str(row), v.state, d.next, why if d.row else f"nothing else any more; {why}"))
     if d.next is not v.state:
         v = replace(v, successes=0)
         if d.next in {State.HEALTHY, State.LEADER}:
@@ -119,7 +120,9 @@ def _apply(
             v = replace(v, successor=None, request="")
         if d.row in {406, 808}:
             v = replace(v, postgres_failed=True)
-    v = replace(v, state=d.next, row=d.row, why=d.why)
+    if d.next is not v.state:
+        v = replace(v, entered=(row, why))
+    v = replace(v, state=d.next, row=row, why=why)
     for action in d.do:
         v = _act(v, action, d, o, me, t, now_ns, commands)
     return v, commands
@@ -224,8 +227,11 @@ def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:
 
 def _own(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]) -> View:
     """Drive the exchange on our own member record, and the periodic read of everything."""
-    if not v.own.running and now_ns >= _next_beat(v.own_sent_ns, 0 if is_leading(v, me) else v.failures, t):
+    next_ns = _next_beat(v.own_sent_ns, 0 if is_leading(v, me) else v.failures, t)
+    if not v.own.running and (now_ns >= next_ns or (v.retiring and not v.farewell)):
         v = replace(v, own=register.start(v.own, now_ns, t.timeout_ns), own_sent_ns=now_ns)
+        if v.retiring and not v.farewell:
+            v = replace(v, farewell="begun")
     what = register.due(v.own, now_ns)
     left = v.own.deadline_ns - now_ns
     key = MEMBER_PREFIX + me.node
@@ -335,4 +341,5 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         version=me.version,
         confirms=confirms(v, me, t, now_ns),
         distrust=distrust(v),
+        retiring=v.retiring,
     )

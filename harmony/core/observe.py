@@ -117,6 +117,8 @@ def unfit(v: View, name: str, t: Timing, now_ns: int) -> str:
     c, m = v.cluster, v.members.get(name)
     if c is None or m is None or not alive(v, name, t, now_ns):
         return f"{name} is not alive"
+    if m.retiring:
+        return f"{name} is being stopped"
     if m.latched or m.nofailover:
         return f"{name} is {'latched by an operator' if m.latched else 'tagged nofailover'}"
     if m.distrust or not m.fencer_ok:

@@ -89,8 +89,9 @@ class View(msgspec.Struct, frozen=True):
     """Everything folded so far. A msgspec struct, as it is copied at every event: replace() is ten times faster."""
 
     state: State
-    row: int = 0
+    row: int = 0  # the one that speaks now; where none does, the one that led into the state
     why: str = "starting"
+    entered: tuple[int, str] = (0, "starting")  # row and why that led into the state
     counter: int = 0  # of attempt ids
     last_step_ns: int = 0
     # cluster_state as newest known
@@ -127,6 +128,7 @@ class View(msgspec.Struct, frozen=True):
     control_revision: int = 0
     retiring: bool = False
     hand_over: bool = False  # before retiring
+    farewell: Literal["", "begun", "over"] = ""  # the exchange that tells the others so
     # the hand-over that we, the leader, have under way
     successor: str | None = None
     request: str = ""
@@ -138,7 +140,7 @@ class View(msgspec.Struct, frozen=True):
     lineage: str = ""
     store_problem: str = ""
     marks: Marks = Marks()
-    kept: Marks = Marks()  # what the disk was last asked to keep
+    kept: Marks | None = Marks()  # what the disk was last asked to keep; None: what it holds counts no more
     kept_ns: int = 0
     went_back_ns: int = 0  # since when reads have shown less than the marks; 0: they do not
     distrust: str = ""  # for good, until an operator accepts

@@ -154,6 +154,21 @@ def test_a_primary_that_renews_is_left_alone(state: State) -> None:
     assert "replicas is 1" in d.why
 
 
+def test_what_is_over_is_not_shown_any_more() -> None:
+    """O2: the status names the row that speaks now, else the one that led into the state, never "nothing"."""
+    mine = (fencer(), MemberSeen("n2", None, 0, 0))
+    v = run(first(seen(cluster(), 50)), 0.2, seen(cluster(), 50), *mine)
+    entered = (v.row, v.why)
+    assert v.row
+    assert v.state is State.WATCHING
+    assert v.entered == entered
+    v = run(v, 0.2, StoreSeen("L", "replicas is 1"), seen(cluster(), 50), *mine, start=T0 + NS)
+    assert (v.state, v.row) == (State.WATCHING, 720)
+    assert "replicas is 1" in v.why
+    v = run(v, 0.2, StoreSeen("L", ""), seen(cluster(), 50), *mine, start=T0 + 2 * NS)
+    assert (v.row, v.why) == entered
+
+
 def test_a_restarted_primary_resumes_under_its_lease_in_a_distrusted_store() -> None:
     """W8, W10."""
     assert decide(observation(State.P_INITIALIZING, distrust="x")).next is State.HEALTHY
@@ -171,6 +186,16 @@ def test_acceptance_forgets_and_looks_anew() -> None:
     assert not distrust(v)
     assert (v.marks.term, v.marks.revision) == (2, 40)
     assert v.state is State.WATCHING
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_an_acceptance_is_kept_on_disk_also_where_there_is_nothing_to_keep(create: bool) -> None:
+    """I2: else the damaged memory, or the old marks, would be distrusted again after the next restart."""
+    v = first(Remembered(Marks(), "torn"), seen(None, 0), fencer())
+    v, commands = step(v, [Accepted(create=create)], ME, FAST, T0 + NS)
+    assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks()]
+    _, commands = step(v, [], ME, FAST, T0 + 2 * NS)
+    assert not [c for c in commands if isinstance(c, Remember)]
 
 
 def test_founding_anew_takes_an_operators_word() -> None:

@@ -56,7 +56,9 @@ class Leading:
         self.orders: list[Order] = []
         self.stop: Stop | None = None
         self.writable = True
-        self.do(0.1, seen(self.record, 50))
+        self.deaf = False  # nothing is answered
+        self.own: Member | None = None
+        self.do(0.1, seen(self.record, 50), MemberSeen(node, None, 0, 0))
 
     def do(self, seconds: float, *events: Event) -> None:
         queue = list(events)
@@ -73,12 +75,15 @@ class Leading:
             queue = []
             for c in commands:
                 match c:
-                    case Write(record=record, key=key):
+                    case Write(record=record, key=key) if not self.deaf:
                         self.revision += 1
                         queue.append(WriteDone(key, c.attempt, "acked", self.revision))
                         if key == CLUSTER_STATE:
                             assert isinstance(record, ClusterState)
                             self.record = record
+                        else:
+                            assert isinstance(record, Member)
+                            self.own = record
                     case Order():
                         self.orders.append(c)
                     case Stop():
@@ -148,6 +153,7 @@ def test_the_best_is_chosen_where_nobody_is_named() -> None:
         ({"received_lsn": -5000}, "behind"),
         ({"db": "down"}, "standby"),
         ({"distrust": "x"}, "distrusts"),
+        ({"retiring": True}, "being stopped"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -278,8 +284,24 @@ def test_retirement_without_a_successor_does_not_wait(hand_over: bool) -> None:
         c.say("n2", latched=True)
         c.say("n3", nofailover=True)
     c.do(0.1, Retiring(hand_over=hand_over))
+    c.do(0.1)
     assert c.stop is not None
     assert not c.orders
+
+
+def test_who_is_stopped_says_so_first() -> None:
+    """O1: so that no leader names it; where the store is gone it waits a heartbeat's timeout and no longer."""
+    c = Leading()
+    c.do(0.2, Retiring(hand_over=False))
+    assert c.own is not None
+    assert c.own.retiring
+    assert c.stop is not None
+    alone = Leading()
+    alone.deaf = True
+    alone.do(0.1, Retiring(hand_over=False))
+    assert alone.stop is None
+    alone.do(2 * FAST.heartbeat_timeout_s)
+    assert alone.stop is not None
 
 
 def test_no_demotion_while_heartbeats_fail_or_the_store_is_distrusted() -> None:
