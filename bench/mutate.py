@@ -1,6 +1,10 @@
 """Breaks one safety rule at a time in a copy of the tree and shows which tests notice.
 
-python bench/mutate.py        (exit code 1: a broken rule that no test noticed)
+    python bench/mutate.py            each rule below
+    python bench/mutate.py WORD       those whose name has the word in it
+    python bench/mutate.py rows       each row of the table taken away
+
+Exit code 1: a broken rule that no test noticed. docs/mutation.md holds what it printed.
 """
 
 from __future__ import annotations
@@ -12,7 +16,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from harmony.core.table import TABLE
 
 TOP = Path(__file__).parents[1]
 FENCER, CORE = "fencer/harmony_fencer", "harmony/core"
@@ -37,14 +44,14 @@ RULES = [
      "tests/store/test_contract.py"),
     ("compare-and-set: lost is fatal", f"{CORE}/table.py", 'lambda o: o.lost or o.leads != "me",',
      "lambda o: False,", "tests/core"),
-    ("two clocks: the store's", f"{CORE}/view.py", "return by_store and by_boot", "return by_boot", "tests/core"),
-    ("two clocks: our own", f"{CORE}/view.py", "return by_store and by_boot", "return by_store", "tests/core"),
+    ("two clocks: the store's", f"{CORE}/observe.py", "return by_store and by_boot", "return by_boot", "tests/core"),
+    ("two clocks: our own", f"{CORE}/observe.py", "return by_store and by_boot", "return by_store", "tests/core"),
     ("two clocks: pauses", f"{CORE}/node.py", "if v.last_step_ns and now_ns", "if False and now_ns", "tests/core"),
     ("send time", f"{CORE}/register.py", "Acked(ours.sent_ns, revision)", "Acked(now_ns, revision)", "tests/core"),
     ("proof: processes and port", f"{FENCER}/ladder.py", "if gone and not self._listening():",
      "if True:",
      "tests/fencer/test_process.py -k listens"),
-    ("proof: Failed waits for it", f"{CORE}/view.py", "fence_proven=f is not None",
+    ("proof: Failed waits for it", f"{CORE}/observe.py", "fence_proven=f is not None",
      "fence_proven=True or f is not None", "tests/sim tests/core"),
     ("proof: orphans", f"{FENCER}/processes.py", "if (there.st_dev, there.st_ino) in wanted.places:",
      "if False:",
@@ -118,6 +125,86 @@ RULES = [
     ("disk: a latch that cannot be read", f"{FENCER}/state.py",
      '        return Latch(f"{path} cannot be read', '        return None if e else Latch(f"{path} cannot be read',
      f"{CRASH} -k damaged_latch"),
+    # admission, check by check
+    ("admission: who may ask what", f"{FENCER}/admit.py", "if peer not in PERMITTED[type(request)]:", "if False:",
+     "tests/fencer/test_admit.py"),
+    ("admission: an unfence without a latch", f"{FENCER}/admit.py", "                if f.latched\n", "                if True\n",
+     "tests/fencer/test_admit.py"),
+    ("admission: retiring", f"{FENCER}/admit.py", "case _ if f.retiring:", "case _ if False:",
+     "tests/fencer/test_admit.py"),
+    ("admission: a renewal into the past", f"{FENCER}/admit.py",
+     "    if r.deadline_boottime_ns <= now_ns:\n        return Refusal(\"lease_expired\", \"the deadline asked",
+     "    if False:\n        return Refusal(\"lease_expired\", \"the deadline asked", "tests/fencer/test_admit.py"),
+    ("admission: a renewal shortens nothing", f"{FENCER}/admit.py",
+     "Extend(max(r.deadline_boottime_ns, f.lease_deadline_ns))", "Extend(r.deadline_boottime_ns)",
+     "tests/fencer/test_admit.py"),
+    ("admission: untrusted state", f"{FENCER}/admit.py", "if not f.trusted:", "if False:", "tests/fencer/test_admit.py"),
+    ("admission: whom commits wait for", f"{FENCER}/admit.py",
+     "if isinstance(r, Activate) and not set(r.sync.voters) <= f.members - {f.node}:", "if False:",
+     "tests/fencer/test_admit.py"),
+    ("admission: whom to follow", f"{FENCER}/admit.py",
+     "if isinstance(r, Follow) and primary is not None and (primary == f.node or primary not in f.members):",
+     "if False:", "tests/fencer/test_admit.py"),
+    # the inequality, term by term
+    ("inequality: interval", f"{CORE}/timing.py",
+     "return self.heartbeat_interval_s + self.heartbeat_timeout_s", "return self.heartbeat_timeout_s", "tests/core"),
+    ("inequality: timeout", f"{CORE}/timing.py",
+     "self.heartbeat_interval_s + self.heartbeat_timeout_s * self.failure_threshold",
+     "self.heartbeat_interval_s + self.failure_threshold", "tests/core"),
+    ("inequality: threshold", f"{CORE}/timing.py", "self.heartbeat_timeout_s * self.failure_threshold\n",
+     "self.heartbeat_timeout_s\n", "tests/core"),
+    ("inequality: fence", f"{CORE}/timing.py", "max(self.fence_timeout_s, self.watchdog_timeout_s)",
+     "self.watchdog_timeout_s", "tests/core"),
+    ("inequality: watchdog", f"{CORE}/timing.py", "max(self.fence_timeout_s, self.watchdog_timeout_s)",
+     "self.fence_timeout_s", "tests/core tests/config"),
+    ("inequality: margin", f"{CORE}/timing.py", "self.lease_ns + self.stop_ns + self.margin_ns:",
+     "self.lease_ns + self.stop_ns:", "tests/core"),
+    ("inequality: settling waits for the stop", f"{CORE}/timing.py", "return self.lease_ns + self.stop_ns\n",
+     "return self.lease_ns\n", "tests/core"),
+    ("inequality: failover_timeout is awaited", f"{CORE}/observe.py",
+     "by_boot = now_ns - v.silent_from_ns > t.failover_ns", "by_boot = now_ns - v.silent_from_ns > t.lease_ns",
+     "tests/core"),
+    ("inequality: no pause after a failed heartbeat", f"{CORE}/node.py",
+     "(t.interval_ns if failures == 0 else t.timeout_ns)", "t.interval_ns + t.timeout_ns", "tests/core"),
+    # what is believed of the store, and for how long
+    ("silence: a new connection proves none", f"{CORE}/fold.py",
+     "case Connected():\n            return replace(v, silent_from_ns=now_ns)", "case Connected():\n            return v",
+     "tests/core"),
+    ("silence: a failed look proves none", f"{CORE}/fold.py",
+     "return v if ok else replace(v, silent_from_ns=now_ns)", "return v", "tests/core"),
+    ("silence: the store's clock went back", f"{CORE}/fold.py",
+     "v = replace(v, silent_from_ns=now_ns)  # the store's clock went back", "pass", "tests/core"),
+    ("distrust: the term went back", f"{CORE}/fold.py", "e.revision > m.revision and c.term < m.term:",
+     "False:", "tests/core"),
+    ("distrust: two histories", f"{CORE}/fold.py", "m.attempt and c.attempt != m.attempt:", "False:", "tests/core"),
+    ("distrust: less than was seen", f"{CORE}/fold.py", "    if not v.went_back_ns:\n",
+     "    if True:\n        return v\n    if not v.went_back_ns:\n", "tests/core"),
+    ("distrust: a stream made anew", f"{CORE}/fold.py", "if known and e.lineage and known != e.lineage",
+     "if False and known != e.lineage", "tests/core"),
+    ("distrust: damaged memory", f"{CORE}/fold.py", "    if e.damage:\n", "    if False:\n", "tests/core"),
+    ("distrust: kept on disk", f"{CORE}/node.py", "    commands.append(Remember(v.marks))\n", "", "tests/core"),
+    ("distrust: bars promotion", f"{CORE}/observe.py", "    if distrust(v):\n        return f\"the store",
+     "    if False:\n        return f\"the store", "tests/core"),
+    # leading
+    ("vacancy: only after the proof of the newest order", f"{CORE}/observe.py",
+     "f.fence_proven and not f.postgres_up and f.highest >= highest(v)", "f.fence_proven and not f.postgres_up",
+     "tests/core"),
+    ("clean: only with the shutdown checkpoint", f"{CORE}/node.py",
+     "clean = vacate and f.shutdown_lsn is not None", "clean = vacate", "tests/core"),
+    ("hand-over: the successor confirms", f"{CORE}/observe.py",
+     "said = c.successor == name and v.members[name].confirms == c.term", "said = True", "tests/core"),
+    ("hand-over: and has caught up", f"{CORE}/observe.py", "return True, said and not behind(v, name, me)",
+     "return True, said", "tests/core"),
+    ("hand-over: the named one first", f"{CORE}/candidate.py",
+     "        if cluster.successor != me.node:\n", "        if False:\n", "tests/core"),
+    ("anti-flap: more good heartbeats after each loss", f"{CORE}/observe.py",
+     "t.success_threshold * 2 **", "t.success_threshold * 1 **", "tests/core"),
+    ("anti-flap: who flaps leaves the place", f"{CORE}/observe.py", "flapping = losses(v, me, now_ns) > 1",
+     "flapping = False", "tests/core"),
+    ("anti-flap: too many changes stop", f"{CORE}/observe.py", "    if len(recent) < p.maximum_changes:\n",
+     "    if True:\n", "tests/core"),
+    ("order: an answer of the database before it counts not", f"{CORE}/fold.py",
+     "if v.order is not None and e.asked_ns < v.order.sent_ns:", "if False:", "tests/core"),
 ]  # fmt: skip
 
 
@@ -138,9 +225,32 @@ def environment(folder: Path, tree: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def main() -> None:
-    survivors = []
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+def noticed_by(python: Path, tree: Path, arguments: str, **variables: str) -> str:
+    """The first test that fails; NOBODY."""
+    binaries = Path(sys.executable).parent
+    env = os.environ | {"SEEDS": "160", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"} | variables
+    argv = [str(python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(arguments)]
+    done = subprocess.run(argv, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    if done.returncode not in {0, 1}:
+        raise SystemExit(f"pytest {arguments} did not run:\n{done.stdout}{done.stderr}")
+    return failed[0] if done.returncode == 1 and failed else "NOBODY"
+
+
+def without_each_row() -> Iterator[tuple[str, str]]:
+    """Rows of the table, and who notices that it is missing: their examples, which are left out, aside."""
+    for row in TABLE:
+        tests = "-p bench.broken_row tests/core --ignore tests/core/test_rows.py"
+        name = f"{row.id} {row.state}: {row.condition}"
+        noticed = noticed_by(Path(sys.executable), TOP, tests, BROKEN_ROW=str(row.id))
+        if noticed == "NOBODY":
+            tests = f"-p bench.broken_row tests/core/test_rows.py -k test_row[{row.id}]"
+            noticed = noticed_by(Path(sys.executable), TOP, tests, BROKEN_ROW=str(row.id))
+        yield name, noticed
+
+
+def without_each_rule(wanted: str) -> Iterator[tuple[str, str]]:
+    """The rules whose name contains `wanted`, and who notices."""
     for rule, file, was, now, tests in RULES:
         if wanted not in rule:
             continue
@@ -151,13 +261,13 @@ def main() -> None:
             )
             Path(name).chmod(0o755)
             broken(folder, file, was, now)
-            python = environment(Path(name) / "venv", folder)
-            binaries = Path(sys.executable).parent
-            env = os.environ | {"SEEDS": "160", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-            argv = [str(python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
-            done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        noticed = failed[0] if done.returncode == 1 and failed else "NOBODY"
+            yield rule, noticed_by(environment(Path(name) / "venv", folder), folder, tests)
+
+
+def main() -> None:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = []
+    for rule, noticed in without_each_row() if wanted == "rows" else without_each_rule(wanted):
         if noticed == "NOBODY":
             survivors.append(rule)
         print(f"| {rule} | `{noticed}` |", flush=True)

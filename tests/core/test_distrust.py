@@ -25,7 +25,7 @@ from harmony.core.messages import (
 from harmony.core.node import initial, step
 from harmony.core.observe import needed, observe, stopped
 from harmony.core.states import State
-from harmony.core.table import decide
+from harmony.core.table import Observation, decide
 from harmony.core.timing import NS
 from harmony.core.view import Policy, View, distrust
 from harmony.records import CLUSTER_STATE, ClusterState, Control
@@ -146,6 +146,22 @@ def test_nothing_is_promoted_by_a_distrusted_store(state: State) -> None:
                 assert not forbidden & set(decide(o_).do), (state, leads, decide(o_))
 
 
+def test_no_candidate_by_a_distrusted_store() -> None:
+    """I2: the judgement says it as well, not only the table."""
+    vacant = cluster(primary=None, primary_fencer_id=None, lsn=0, sync_count=0)
+    now = T0 + 100 * NS
+
+    def after(*events: Event) -> Observation:
+        v = first(seen(vacant, 50), *events)
+        v, _ = step(v, [fencer(), standby(now)], ME, FAST, now)
+        return observe(v, ME, FAST, now)
+
+    assert after().eligible
+    o = after(StoreSeen("L", "replicas is 1, must be 3"))
+    assert not o.eligible
+    assert "distrusted" in o.eligible_why
+
+
 @pytest.mark.parametrize("state", [State.HEALTHY, State.LEADER])
 def test_a_primary_that_renews_is_left_alone(state: State) -> None:
     """W10: distrust alone fences nobody; it is said as an alarm."""
@@ -240,6 +256,11 @@ def test_a_flapping_primary_leaves_the_place_to_a_peer() -> None:
     for state in (State.FENCED, State.DEMOTING):
         assert decide(observation(state, leads="me", **quiet)).do == ("vacate",)
         assert "vacate" not in decide(observation(state, leads="me", peer_ready=False, **quiet)).do
+    for times, flaps in ((0, False), (1, False), (2, True), (3, True)):
+        v, now = lost(times)
+        assert observe(v, ME, FAST, now).flapping is flaps
+    v, now = lost(3)
+    assert not observe(v, ME, FAST, now + 601 * NS).flapping
 
 
 def test_each_way_of_failing_counts_as_a_loss() -> None:

@@ -135,6 +135,19 @@ def test_a_switchover_step_by_step() -> None:
     assert c.record.term == 3
 
 
+def test_whoever_confirms_and_lags_is_waited_for() -> None:
+    """W3: commits would have to wait, or be lost, for as long as it takes to catch up."""
+    c = Leading()
+    c.ask("n3")
+    c.do(0.5)
+    c.say("n3", confirms=3, received_lsn=1000 - c.me.maximum_lag_bytes - 1)
+    c.do(0.5)
+    assert not c.orders
+    c.say("n3", received_lsn=1000)
+    c.do(0.2)
+    assert [o.op for o in c.orders] == ["fence"]
+
+
 def test_the_best_is_chosen_where_nobody_is_named() -> None:
     """W1: the most WAL, then priority."""
     c = Leading()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import msgspec
 import pytest
 
+from harmony.core.fold import fold
 from harmony.core.messages import (
     Connected,
     Event,
@@ -16,10 +20,10 @@ from harmony.core.messages import (
     WriteDone,
 )
 from harmony.core.node import initial, step
-from harmony.core.observe import stale
+from harmony.core.observe import observe, stale
 from harmony.core.states import State
 from harmony.core.timing import NS, PRESETS, Timing
-from harmony.core.view import View
+from harmony.core.view import SentOrder, View
 from harmony.records import CLUSTER_STATE
 from tests.core.helpers import EPOCH, FAST, T0, cluster, fencer, identity, member, seen, standby
 
@@ -201,3 +205,44 @@ def test_postgres_that_dies_right_after_its_activation_is_fenced() -> None:
     v, commands = step(v, [dead], me, FAST, now + NS // 20)
     assert v.state is State.P_FAILED
     assert [c.op for c in commands if isinstance(c, Order)] == ["fence"]
+
+
+def test_a_proof_is_of_the_newest_order() -> None:
+    """I1, W3: a fence that is older than an activate on its way proves nothing: that could still be carried out."""
+    down = fencer(highest=(3, 4), fence_proven=True, postgres_up=False)
+    v, _ = step(initial(ME), [down, seen(cluster(), 50)], ME, FAST, T0)
+    assert observe(v, ME, FAST, T0).fence_proven
+    later = msgspec.structs.replace(v, order=SentOrder((3, 5), "activate", T0))
+    assert not observe(later, ME, FAST, T0).fence_proven
+
+
+def test_an_answer_from_before_an_order_says_nothing_of_what_it_did() -> None:
+    """W4: "primary", asked before the fence, is not the state after it."""
+    v, _ = step(initial(ME), [fencer(), seen(cluster(), 50)], ME, FAST, T0)
+    v = msgspec.structs.replace(v, db=None, order=SentOrder((3, 5), "fence", T0 + 5))
+    assert fold(v, standby(T0 + 4), ME, FAST, T0 + 9).db is None
+    assert fold(v, standby(T0 + 6), ME, FAST, T0 + 9).db is not None
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_position_is_final_only_after_the_lease_and_the_stop(name: str) -> None:
+    """I2: until then the primary may have written, and shipped, more."""
+    t = PRESETS[name]
+    assert t.settle_ns >= t.lease_ns + t.stop_ns
+
+
+def test_no_pause_between_failed_heartbeats() -> None:
+    """D1: the lease is interval + timeout x threshold: with a pause between them not all would fit into it."""
+    me, v = identity("n1"), leader()
+    (attempt,) = v.lead.pending
+    v, _ = step(v, [WriteDone(CLUSTER_STATE, attempt.id, "acked", 51)], me, FAST, T0 + 1)
+    now, sent = T0, [T0]
+    while v.state is State.HEALTHY:
+        now += NS // 100
+        v, commands = step(v, [], me, FAST, now)
+        sent += [now for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+    gaps = [round((b - a) / NS, 2) for a, b in pairwise(sent)]
+    assert gaps[: FAST.failure_threshold] == [FAST.heartbeat_interval_s] + [FAST.heartbeat_timeout_s] * (
+        FAST.failure_threshold - 1
+    )
+    assert now - T0 <= FAST.lease_ns

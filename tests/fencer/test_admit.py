@@ -88,6 +88,17 @@ def test_follow_names_another_member() -> None:
         assert error(FACTS, Follow(generation=Generation(3, 5), primary=primary)) == "bad_message"
 
 
+@pytest.mark.parametrize("voters", [("n1",), ("n9",), ("n1", "n2")], ids=["itself", "a stranger", "both"])
+def test_commits_wait_for_other_members_only(voters: tuple[str, ...]) -> None:
+    """I2: a commit that itself or nobody confirms is on no other host."""
+    asked = Activate(
+        generation=Generation(3, 5), deadline_boottime_ns=NOW + 10, sync=SyncRule(len(voters), voters)
+    )
+    assert error(FACTS, asked) == "bad_message"
+    good = Activate(generation=Generation(3, 5), deadline_boottime_ns=NOW + 10, sync=SyncRule(1, ("n2",)))
+    assert isinstance(admit(FACTS, good, "agent", NOW), NewOrder)
+
+
 def test_renew() -> None:
     """W9: of the active generation only, never after the deadline, never shorter."""
     g = Generation(3, 4)
