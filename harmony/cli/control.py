@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import click
 import msgspec
@@ -34,6 +36,7 @@ CALL_S = 2.0
 TRIES = 5
 DEFAULT_CONFIG = "/etc/harmony/harmony.toml"
 
+T = TypeVar("T")
 Edit = Callable[[Control, ClusterState], Control]
 
 
@@ -76,7 +79,9 @@ async def _read(store: Store) -> tuple[ClusterState, Control, int]:
     return cluster, control, asked.revision if asked is not None else 0
 
 
-async def _change(config: Config, edit: Edit) -> Control:
+@asynccontextmanager
+async def connected(config: Config) -> AsyncIterator[Store]:
+    """The configured store, within CONNECT_S. Raises Impossible, StoreError."""
     s = config.store
     async with open_store(
         s.type,
@@ -93,11 +98,21 @@ async def _change(config: Config, edit: Edit) -> Control:
             click.echo(f"warning: {store.facts.problem}", err=True)
         if not store.connected:
             raise Impossible(f"the store cannot be reached within {CONNECT_S:g} s: {', '.join(s.urls)}")
+        yield store
+
+
+async def _change(config: Config, edit: Edit) -> Control:
+    async with connected(config) as store:
         return await change(store, edit)
 
 
 def carry_out(config_file: str | None, edit: Edit) -> Control:
     """Change `control` of the configured cluster; ends the process with a message where that fails."""
+    return with_store(config_file, lambda config: _change(config, edit))
+
+
+def with_store(config_file: str | None, act: Callable[[Config], Awaitable[T]]) -> T:
+    """Run `act` on the configuration; ends the process with a message where it fails."""
     file = config_file or os.environ.get("HARMONY_CONFIG", DEFAULT_CONFIG)
     try:
         config = load(file)
@@ -105,7 +120,7 @@ def carry_out(config_file: str | None, edit: Edit) -> Control:
         click.echo("\n".join(e.problems), err=True)
         sys.exit(EXIT_CONFIG)
     try:
-        return trio.run(_change, config, edit)
+        return trio.run(act, config)
     except* (Impossible, StoreError) as group:
         click.echo(f"not done: {_first(group)}", err=True)
     sys.exit(1)

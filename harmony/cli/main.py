@@ -12,6 +12,7 @@ from harmony.cli.control import DEFAULT_CONFIG, acknowledge
 from harmony.cli.fence import fence, unfence
 from harmony.cli.status import status
 from harmony.cli.store import store
+from harmony.cli.switchover import switchover
 from harmony.config import Config, load
 from harmony.config_text import example
 from harmony.core.timing import Timing
@@ -113,6 +114,7 @@ cli.add_command(fence)
 cli.add_command(unfence)
 cli.add_command(store)
 cli.add_command(acknowledge)
+cli.add_command(switchover)
 
 
 def main() -> None:

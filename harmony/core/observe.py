@@ -10,7 +10,7 @@ from harmony.core.states import WRITABLE_STATES
 from harmony.core.table import Observation, Order
 from harmony.core.timing import Timing
 from harmony.core.view import Identity, View, alive, database, distrust, highest, leads, target
-from harmony.records import Switchover
+from harmony.records import ClusterState, Member, Switchover
 
 FENCE_PAUSE_NS = 200_000_000
 ORDER_PAUSE_NS = 1_000_000_000
@@ -114,8 +114,12 @@ def stopped(v: View, me: Identity) -> str:
 
 def unfit(v: View, name: str, t: Timing, now_ns: int) -> str:
     """Why `name` cannot take leadership over from us, the leader, now; empty: it can."""
-    c, m = v.cluster, v.members.get(name)
-    if c is None or m is None or not alive(v, name, t, now_ns):
+    return unfit_by(v.cluster, v.members.get(name) if alive(v, name, t, now_ns) else None, name)
+
+
+def unfit_by(c: ClusterState | None, m: Member | None, name: str) -> str:
+    """The same by the records; `m` None: it is not alive."""
+    if c is None or m is None:
         return f"{name} is not alive"
     if m.retiring:
         return f"{name} is being stopped"
@@ -132,11 +136,15 @@ def unfit(v: View, name: str, t: Timing, now_ns: int) -> str:
 
 def behind(v: View, name: str, me: Identity) -> str:
     """Why `name`, fit as it is, has not caught up; empty: it has."""
-    c, m = v.cluster, v.members.get(name)
+    return behind_by(v.cluster, v.members.get(name), name, me.maximum_lag_bytes)
+
+
+def behind_by(c: ClusterState | None, m: Member | None, name: str, maximum_lag_bytes: int) -> str:
+    """The same by the records."""
     if c is None or m is None or not m.streaming:
-        return f"{name} does not stream from us"
+        return f"{name} does not stream from the primary"
     lag = c.lsn - m.received_lsn
-    return "" if lag <= me.maximum_lag_bytes else f"{name} is {lag} bytes behind"
+    return "" if lag <= maximum_lag_bytes else f"{name} is {lag} bytes behind"
 
 
 def _ready(v: View, name: str, me: Identity, t: Timing, now_ns: int) -> str:
@@ -152,6 +160,12 @@ def asked(v: View) -> Switchover | None:
     return None if any(r is not None and r[0] == wish.id for r in (v.refused, c.refused)) else wish
 
 
+def best_of(fit: list[Member]) -> str | None:
+    """Who of them goes first: the most WAL, then the priority, then the name."""
+    ahead = sorted(fit, key=lambda m: (-m.received_lsn, -m.priority, m.node))
+    return ahead[0].node if ahead else None
+
+
 def preferred_fit(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
     """Whether the preferred primary, another than we who lead, could take over."""
     name = me.policy.preferred_primary
@@ -165,8 +179,7 @@ def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, s
         return None, ""
     reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
     fit = [n for n, why in reasons.items() if not why]
-    ahead = sorted(fit, key=lambda n: (-v.members[n].received_lsn, -v.members[n].priority, n))
-    best = ahead[0] if ahead else None
+    best = best_of([v.members[n] for n in fit])
     wish = asked(v)
     if wish is not None:
         to = wish.to or best

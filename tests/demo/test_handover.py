@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import psycopg
 import pytest
 
-from harmony.cli.control import carry_out
 from harmony.demo import measure, procs
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster, ask_status, make_base
 from harmony.demo.databases import Node
 from harmony.demo.recorder import Recorders
-from harmony.records import ClusterState, Control, Switchover
+from harmony.records import ClusterState
 
 pytestmark = pytest.mark.real
 
@@ -60,15 +60,11 @@ class Running:
         assert reply.cluster is not None
         return reply.cluster
 
-    def wish(self, asker: str, to: str) -> None:
-        """What harmonyctl writes into `control`."""
-
-        def edit(control: Control, cluster: ClusterState) -> Control:
-            return msgspec.structs.replace(
-                control, switchover=Switchover(f"wish-{cluster.term}", to, cluster.term, "the test")
-            )
-
-        carry_out(str(self.cluster.nodes[asker].config), edit)
+    def harmonyctl(self, asker: str, *arguments: str) -> tuple[int, str]:
+        config = ("--config", str(self.cluster.nodes[asker].config))
+        argv = [sys.executable, "-I", "-m", "harmony", *arguments, *config]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout + done.stderr
 
     def check(self, since_ns: int, at: str) -> float:
         """Nothing lost, never two; the longest pause of the client since then, in seconds."""
@@ -105,8 +101,16 @@ def running() -> Iterator[Running]:
 
 def test_a_switchover_and_the_way_back(running: Running) -> None:
     """W1, W3, W7: named, confirmed, demoted cleanly, and back to the preferred primary when it has caught up."""
+    code, text = running.harmonyctl("n3", "switchover", "--dry-run")
+    assert (code, "n2: could take over" in text, "n3: could take over" in text) == (0, True, True), text
+    for to, why in (("n1", "the primary already"), ("n9", "not a member")):
+        code, text = running.harmonyctl("n3", "switchover", "--to", to)
+        assert code == 1, text
+        assert why in text
+    assert running.record("n3").term == 1, "nothing of that has done anything"
     began = boottime_ns()
-    running.wish("n3", "n2")
+    code, text = running.harmonyctl("n3", "switchover", "--to", "n2")
+    assert (code, "n2 leads in term 2" in text) == (0, True), text
     running.until("n2 accepts writes", lambda: running.acks_by("n2", began) > 20)
     assert running.record("n3").primary == "n2"
     assert running.record("n3").changes == (), "a hand-over is no failover"
