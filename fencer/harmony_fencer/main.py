@@ -32,7 +32,7 @@ from harmony_fencer.fencer import Fencer
 from harmony_fencer.ledger import load_state
 from harmony_fencer.log import log, wants_console
 from harmony_fencer.postgres import Postgres
-from harmony_fencer.protocol import Latch
+from harmony_fencer.protocol import Generation, Latch
 from harmony_fencer.realtime import steady
 from harmony_fencer.server import bind, serve
 from harmony_fencer.watchdog import Device
@@ -252,13 +252,16 @@ def _reset(config: FencerConfig, term: int | None) -> int:
     if term is None or term < 0:
         return _fail("--reset-state needs --term N, the cluster's current term", EXIT_CONFIG)
     places = (Path(config.run_dir) / states.WITNESS, Path(config.data_dir) / states.WITNESS)
+    begin = Generation(term, 0)
     for place in places:
         seen = states.witness(place, config.node)
         if seen is not None and seen.highest.term > term:
             text = f"--term {term} is below the term {seen.highest.term} that {place} shows"
             return _fail(f"{text}: give the cluster's, or move that file away", EXIT_CONFIG)
-    kept = states.reset(Path(config.state_dir), term)
-    sys.stdout.write(f"state begun anew at generation {term}.0; the old file: {kept}\n")
+        if seen is not None:
+            begin = max(begin, seen.highest)  # else orders of this term could be accepted a second time
+    kept = states.reset(Path(config.state_dir), begin)
+    sys.stdout.write(f"state begun anew at generation {begin}; the old file: {kept}\n")
     return 0
 
 

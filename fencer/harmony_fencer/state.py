@@ -122,15 +122,15 @@ def _repair(why: str) -> str:
     )
 
 
-def reset(folder: Path, term: int) -> Path | None:
-    """Begin anew at generation (term, 0). The old file is kept: its new path, or None where there was none."""
+def reset(folder: Path, begin: Generation) -> Path | None:
+    """Begin anew at this generation. The old file is kept: its new path, or None where there was none."""
     path, kept = folder / NAME, None
     if path.exists():
         number = 1
         while (folder / f"{NAME}.bad-{number}").exists():
             number += 1
         kept = path.rename(folder / f"{NAME}.bad-{number}")
-    write(folder, fresh(Generation(term, 0)))
+    write(folder, fresh(begin))
     return kept
 
 

@@ -594,6 +594,7 @@ def test_an_older_copy_put_back_is_fenced(node: Node, *, reboot: bool) -> None:
     subprocess.run(node.argv("--reset-state", "--term", "6"), check=True, capture_output=True)
     node.start()
     assert node.status().trusted
+    assert node.status().highest >= Generation(6, 1), "no order of this term is accepted a second time"
     node.make_writable(7, 1)
 
 

@@ -61,7 +61,7 @@ def test_a_write_that_ends_early_leaves_the_old_state(tmp_path: Path) -> None:
 
 def test_reset_keeps_the_bad_file(tmp_path: Path) -> None:
     (tmp_path / states.NAME).write_bytes(b"junk")
-    kept = states.reset(tmp_path, 9)
+    kept = states.reset(tmp_path, Generation(9, 0))
     assert kept is not None
     assert kept.read_bytes() == b"junk"
     state, why = states.load(tmp_path)
