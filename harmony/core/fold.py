@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from harmony.core import register
 from harmony.core.messages import (
     Accepted,
+    CheckpointDone,
     ClusterSeen,
     Connected,
     ControlSeen,
@@ -80,6 +81,9 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return _fencer_seen(v, f)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
+        case CheckpointDone():
+            running = v.checkpoint == "running"  # the successor's time is counted from its end
+            return replace(v, checkpoint="done", named_ns=now_ns) if running else v
         case OrderRefused():
             if v.order is not None and v.order.generation == e.generation:
                 return replace(v, order=replace(v.order, refused=f"{e.error}: {e.detail}"))

@@ -218,7 +218,9 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     if c is None or name is None or unfit(v, name, t, now_ns):
         return False, False
     said = c.successor == name and v.members[name].confirms == c.term
-    return True, said and not behind(v, name, me)
+    # Without it the shutdown would write all that is dirty while nobody can write. Who is stopped has no time for it.
+    ready = v.checkpoint == "done" or v.retiring
+    return True, said and ready and not behind(v, name, me)
 
 
 # ---------------------------------------------------------------- all of it
@@ -300,7 +302,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         named=v.successor,
         successor_fit=successor_fit,
         confirmed=confirmed,
-        named_long=v.successor is not None and now_ns - v.named_ns > t.failover_ns,
+        named_long=v.successor is not None and v.checkpoint == "done" and now_ns - v.named_ns > t.failover_ns,
     )
 
 

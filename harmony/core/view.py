@@ -134,6 +134,7 @@ class View(msgspec.Struct, frozen=True):
     request: str = ""
     refused: tuple[str, str] | None = None
     named_ns: int = 0
+    checkpoint: Literal["", "running", "done"] = ""  # ahead of the demotion
     handover_pause_until_ns: int = 0
     preferred_fit_ns: int = 0  # since when the preferred primary could take over; 0: it could not
     # whether the store is what it was
