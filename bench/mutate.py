@@ -89,7 +89,7 @@ RULES = [
      "if fencer.deadline_ns is None and not fencer.busy and engine.could_write():", "if False:", STORIES),
     ("own fence: a primary hidden by standby.signal", f"{FENCER}/postgres.py",
      "return not self.is_standby() or self._runs_as_primary()", "return not self.is_standby()",
-     "tests/fencer/test_completeness.py -k put_back"),
+     "tests/fencer/test_completeness.py -k behind_its_mark"),
     ("lease: clamped", f"{FENCER}/fencer.py",
      "leases.clamp(request.deadline_boottime_ns, now_ns, self._c.lease_ns)", "request.deadline_boottime_ns", STORIES),
     ("lease: of the newest activate only", f"{FENCER}/fencer.py",
