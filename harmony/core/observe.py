@@ -212,15 +212,20 @@ def confirms(v: View, me: Identity, t: Timing, now_ns: int) -> int:
     return c.term if fit else 0
 
 
-def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, bool]:
-    """Of the successor that we have named: whether it could take over, and whether it has said so."""
+def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, bool, str]:
+    """Of the successor that we have named: whether it could take over, has said so, and what is missing."""
     c, name = v.cluster, v.successor
-    if c is None or name is None or unfit(v, name, t, now_ns):
-        return False, False
+    if c is None or name is None:
+        return False, False, ""
+    why = unfit(v, name, t, now_ns)
+    if why:
+        return False, False, why
     said = c.successor == name and v.members[name].confirms == c.term
     # Without it the shutdown would write all that is dirty while nobody can write. Who is stopped has no time for it.
     ready = v.checkpoint == "done" or v.retiring
-    return True, said and ready and not behind(v, name, me)
+    lag = behind(v, name, me)
+    waiting = lag or ("" if said else f"{name} has not said that it is ready")
+    return True, said and ready and not lag, waiting
 
 
 # ---------------------------------------------------------------- all of it
@@ -252,7 +257,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         )
     up = f is not None and f.postgres_up
     to, why_not = wanted(v, me, t, now_ns)
-    successor_fit, confirmed = _successor(v, me, t, now_ns)
+    successor_fit, confirmed, successor_why = _successor(v, me, t, now_ns)
     return Observation(
         state=v.state,
         leads=who,
@@ -302,6 +307,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         named=v.successor,
         successor_fit=successor_fit,
         confirmed=confirmed,
+        successor_why=successor_why,
         named_long=v.successor is not None and v.checkpoint == "done" and now_ns - v.named_ns > t.failover_ns,
     )
 

@@ -249,6 +249,7 @@ def test_a_successor_that_does_not_confirm_is_given_up() -> None:
     c.do(FAST.failover_timeout_s + 1)
     assert c.record.successor is None
     assert c.record.refused is not None
+    assert c.record.refused[1].endswith("n3 has not said that it is ready")
     assert c.view.state is State.HEALTHY
     assert not c.orders
 
