@@ -1,0 +1,425 @@
+"""The composed model: two nodes, their messages and the store; from each state, every next one.
+
+A state is a tuple of small numbers, each the name of a value in a table: so equal parts are computed once.
+What is checked in each state (`check`) and at each write stands beside the invariants' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from msgspec.structs import replace
+
+from harmony.core.messages import Event, OrderRefused, WriteDone
+from harmony.core.timing import Timing
+from harmony.records import CLUSTER_STATE, ClusterState, Control, Switchover
+from tests.exhaustive import host as hosts
+from tests.exhaustive import normal
+from tests.exhaustive.agent import (
+    Node,
+    Pending,
+    Request,
+    Setting,
+    Stepped,
+    Store,
+    act,
+    check_claimed,
+    cluster_seen,
+    fresh_view,
+    ranked,
+)
+from tests.exhaustive.host import NODES, Violation
+from tests.exhaustive.normal import NEWEST, NOW, UNIT
+
+T = TypeVar("T", bound=Hashable)
+MAX_TERM = 3
+
+
+class Answer(NamedTuple):
+    """Of the store to a write of cluster_state, on its way back to the node that still waits for it."""
+
+    attempt: Pending
+    outcome: str
+    revision: int
+
+
+class Net(NamedTuple):
+    """Of one node: its newest write on its way, an older one that may still land, and an answer."""
+
+    request: Request | None = None
+    ghost: Request | None = None
+    answer: Answer | None = None
+
+
+class State(NamedTuple):
+    """Numbers of Nodes, Nets and the Store; how many faults may still happen."""
+
+    nodes: tuple[int, int]
+    nets: tuple[int, int]
+    store: int
+    faults: int
+
+
+class Table(Generic[T]):
+    """Values by number."""
+
+    def __init__(self) -> None:
+        self.values: list[T] = []
+        self._numbers: dict[T, int] = {}
+
+    def number(self, value: T) -> int:
+        found = self._numbers.get(value)
+        if found is None:
+            found = self._numbers[value] = len(self.values)
+            self.values.append(value)
+        return found
+
+
+Next = tuple[str, State]
+
+
+class Model:
+    """All tables of one exploration."""
+
+    def __init__(self, setting: Setting, faults: int, kinds: frozenset[str]) -> None:
+        self.s, self.faults, self.kinds = setting, faults, kinds
+        self.nodes: Table[Node] = Table()
+        self.nets: Table[Net] = Table()
+        self.stores: Table[Store] = Table()
+        self._steps: dict[tuple[int, int, int, bool, str, bool], Stepped] = {}
+        self._stepped: dict[int, int] = {}
+        self._moved: dict[tuple[str, int, int], int] = {}
+        self.beyond = 0  # writes of a term beyond MAX_TERM that were not carried out
+
+    @property
+    def timing(self) -> Timing:
+        return self.s.timing
+
+    def empty(self) -> State:
+        """An empty store, both agents just started, no PostgreSQL running."""
+        nodes = [self.nodes.number(Node(fresh_view(n, self.timing))) for n in NODES]
+        net = self.nets.number(Net())
+        return State((nodes[0], nodes[1]), (net, net), self.stores.number(Store()), self.faults)
+
+    # ------------------------------------------------------------ invariants
+
+    def check(self, s: State) -> None:
+        """I1 and I6, in every state."""
+        writable = [n for n, i in zip(NODES, s.nodes, strict=True) if self.nodes.values[i].host.postgres == "primary"]
+        if len(writable) > 1:
+            raise Violation(f"I1: two writable primaries: {writable}")
+        record = self.stores.values[s.store].record
+        if writable and record is not None and record.primary is None:
+            raise Violation(f"I6: a vacancy of term {record.term} is stored while {writable[0]} can write")
+
+    def _check_write(self, before: Store, record: ClusterState, node: str) -> None:
+        """I4: terms never go back, and each has one holder."""
+        if before.record is not None and record.term < before.record.term:
+            raise Violation(f"I4: the term goes back from {before.record.term} to {record.term}")
+        if record.term <= len(before.owners) and before.owners[record.term - 1][0] != node:
+            owner = before.owners[record.term - 1][0]
+            raise Violation(f"I4: {node} writes in term {record.term}, which {owner} has claimed")
+
+    # ------------------------------------------------------------ parts that move
+
+    def _map(self, kind: str, number: int, by: int, do: Callable[[], int]) -> int:
+        key = (kind, number, by)
+        found = self._moved.get(key)
+        if found is None:
+            found = self._moved[key] = do()
+        return found
+
+    def _node_behind(self, number: int, i: int) -> int:
+        """Node i after a write of cluster_state."""
+
+        def do() -> int:
+            node = self.nodes.values[number]
+            return self.nodes.number(node._replace(view=normal.view(node.view, NODES[i], self.timing, by=1)))
+
+        return self._map("behind", number, i, do)
+
+    def _peer_written(self, number: int, i: int) -> int:
+        """Node i after the other has written its member record."""
+
+        def do() -> int:
+            node = self.nodes.values[number]
+            revisions = normal.Fixed(dict.fromkeys(node.view.member_revision, NEWEST - 1))
+            return self.nodes.number(node._replace(view=replace(node.view, member_revision=revisions)))
+
+        return self._map("peer", number, i, do)
+
+    def _node_later(self, number: int, i: int) -> int:
+        def do() -> int:
+            node = self.nodes.values[number]
+            late = node.late
+            if late is not None:
+                late = replace(late, deadline_ns=max(NOW, late.deadline_ns - UNIT))
+            after = Node(
+                view=normal.view(node.view, NODES[i], self.timing, shift_ns=UNIT),
+                host=hosts.later(node.host, UNIT, self.timing),
+                late=late,
+                cut=node.cut,
+                paused=node.paused,
+                stepped=False,
+            )
+            return self.nodes.number(after)
+
+        return self._map("later", number, i, do)
+
+    def _store_later(self, number: int) -> int:
+        def do() -> int:
+            store = self.stores.values[number]
+            wait = self.timing.failover_ns // UNIT + 1
+            ages = tuple(min(a + 1, 2 * wait) for a in store.member_ages)
+            return self.stores.number(store._replace(age=min(store.age + 1, 4 * wait), member_ages=ages))
+
+        return self._map("store", number, 0, do)
+
+    def _renamed(self, store: int, net: Net, node: str, names: dict[str, str]) -> tuple[int, Net]:
+        """Give the attempts of `node` that still are pending their new names; the others mean nothing now."""
+
+        def new(p: Pending | None) -> Pending | None:
+            if p is None or p.node != node:
+                return p
+            return Pending(node, names[p.id]) if p.id in names else None
+
+        value = self.stores.values[store]
+        if new(value.attempt) != value.attempt:
+            store = self.stores.number(value._replace(attempt=new(value.attempt)))
+        request, answer = net.request, net.answer
+        if request is not None:
+            request = request._replace(attempt=new(request.attempt))
+            if request.attempt is None:
+                request, net = None, net._replace(ghost=self._ghost(request) or net.ghost)
+        if answer is not None:
+            pending = new(answer.attempt)
+            answer = answer._replace(attempt=pending) if pending is not None else None
+        return store, net._replace(request=request, answer=answer)
+
+    def _ghost(self, r: Request | None) -> Request | None:
+        """A write that nobody waits for any more matters while it can still be stored."""
+        if r is None or not (r.fresh or not self.s.checks_revision):
+            return None
+        return r._replace(attempt=None)
+
+    # ------------------------------------------------------------ an agent acts
+
+    def _act(self, s: State, i: int, what: str, event: Event | None, cost: int = 0, late: bool = False) -> Next:
+        """Node i's agent acts on `event`, which `what` names uniquely for the memory of steps."""
+        node, other = s.nodes[i], self.nodes.values[s.nodes[1 - i]]
+        streams = (
+            other.host.postgres == "primary" and self.nodes.values[node].host.following == NODES[1 - i]
+        )
+        key = (node, i, s.store, streams, what, late)
+        done = self._steps.get(key)
+        if done is None:
+            events = [event] if event is not None else []
+            store = self.stores.values[s.store]
+            done = act(self.nodes.values[node], NODES[i], store, events, self.s, streams=streams, late=late)
+            self._steps[key] = done
+        return self._after(s, i, done, f"{NODES[i]} {what}" + (f": {done.label}" if done.label else ""), cost)
+
+    def _after(self, s: State, i: int, done: Stepped, label: str, cost: int) -> Next:
+        store_number, net = self._renamed(s.store, self.nets.values[s.nets[i]], NODES[i], dict(done.names))
+        if done.request is not None:
+            ghost = self._ghost(net.request) or net.ghost
+            net = net._replace(request=done.request, ghost=ghost)
+            if done.request.attempt is None:
+                net = net._replace(request=None, ghost=self._ghost(done.request) or ghost)
+        other = s.nodes[1 - i]
+        if done.member is not None:
+            store = self.stores.values[store_number]
+            members = (done.member, store.members[1]) if i == 0 else (store.members[0], done.member)
+            ages = (0, store.member_ages[1]) if i == 0 else (store.member_ages[0], 0)
+            store_number = self.stores.number(store._replace(members=members, member_ages=ages))
+            other = self._peer_written(other, 1 - i)
+        node_number = self.nodes.number(done.node)
+        net_number = self.nets.number(net)
+        return label, State(
+            nodes=(node_number, other) if i == 0 else (other, node_number),
+            nets=(net_number, s.nets[1]) if i == 0 else (s.nets[0], net_number),
+            store=store_number,
+            faults=s.faults - cost,
+        )
+
+    # ------------------------------------------------------------ the store writes
+
+    def _stores(self, s: State, i: int, r: Request, rest: Net, what: str) -> Next | None:
+        """The store's compare-and-set of node i's write; None: beyond the bound on terms."""
+        store = self.stores.values[s.store]
+        nodes, nets = s.nodes, [self.nets.values[n] for n in s.nets]
+        nets[i] = rest
+        if not (r.fresh or not self.s.checks_revision):
+            if r.attempt is not None:
+                nets[i] = rest._replace(answer=Answer(r.attempt, "refused", 0))
+            return f"the store refuses {NODES[i]}'s {what}", self._with(s, nodes, nets, s.store)
+        if r.record.term > MAX_TERM:
+            self.beyond += 1
+            return None
+        self._check_write(store, r.record, NODES[i])
+        owners = store.owners
+        if r.record.term > len(owners):
+            old = store.record
+            how = "founded" if old is None else "stale" if old.primary is not None else "vacancy"
+            if old is not None and old.primary is None and old.successor == NODES[i]:
+                how = "handed over"
+            owners = (*owners, *[("nobody", "")] * (r.record.term - len(owners) - 1), (NODES[i], how))
+        first, second = store.members
+        store = store._replace(
+            record=r.record,
+            attempt=r.attempt,
+            age=0,
+            members=(normal.behind(first, 1), normal.behind(second, 1)),
+            owners=owners,
+        )
+        nodes = (self._node_behind(nodes[0], 0), self._node_behind(nodes[1], 1))
+        for n, net in enumerate(nets):
+            request = net.request._replace(fresh=False) if net.request is not None else None
+            answer = net.answer
+            if answer is not None and answer.revision:
+                answer = answer._replace(revision=normal.moved(answer.revision, 1))
+            ghost = net.ghost._replace(fresh=False) if net.ghost is not None else None
+            nets[n] = Net(request, self._ghost(ghost), answer)
+        if r.attempt is not None:
+            nets[i] = nets[i]._replace(answer=Answer(r.attempt, "acked", NEWEST))
+        said = f"term {r.record.term} {r.record.primary or 'vacant'}"
+        after = self._with(s, nodes, nets, self.stores.number(store))
+        return f"the store takes {NODES[i]}'s {what}: {said}", after
+
+    def _with(self, s: State, nodes: tuple[int, int], nets: list[Net], store: int) -> State:
+        numbers = (self.nets.number(nets[0]), self.nets.number(nets[1]))
+        return State(nodes, numbers, store, s.faults)
+
+    # ------------------------------------------------------------ all that may happen next
+
+    def next(self, s: State) -> Iterator[Next]:
+        for i in (0, 1):
+            yield from self._of_agent(s, i)
+            yield from self._of_net(s, i)
+            yield from self._of_host(s, i)
+            if s.faults:
+                yield from self._faults(s, i)
+        if s.faults and "ask" in self.kinds:
+            yield from self._asks(s)
+        if all(self._may_pass(self.nodes.values[n]) for n in s.nodes):
+            nodes = (self._node_later(s.nodes[0], 0), self._node_later(s.nodes[1], 1))
+            yield "-- a second passes", s._replace(nodes=nodes, store=self._store_later(s.store))
+
+    def _may_pass(self, n: Node) -> bool:
+        return (n.stepped or n.paused) and not hosts.overdue(n.host)
+
+    def _of_agent(self, s: State, i: int) -> Iterator[Next]:
+        node, net = self.nodes.values[s.nodes[i]], self.nets.values[s.nets[i]]
+        if node.paused:
+            yield f"{NODES[i]}'s agent runs again", self._node(s, i, node._replace(paused=False))
+            return
+        yield self._act(s, i, "steps", None)
+        if s.faults and "late" in self.kinds and node.late is None:
+            key = (s.nodes[i], i, s.store, *[self._streams(s, i)], "steps", False)
+            if self._steps[key].ordered:
+                yield self._act(s, i, "steps", None, cost=1, late=True)
+        if node.cut:
+            return
+        if node.view.revision != NEWEST and self.stores.values[s.store].record is not None:
+            store = self.stores.values[s.store]
+            yield self._act(s, i, "is told by the watch", cluster_seen(store, NODES[i], by_read=False))
+        if net.answer is not None:
+            a = net.answer
+            event = WriteDone(CLUSTER_STATE, a.attempt.id, a.outcome, a.revision)  # type: ignore[arg-type]
+            what = f"hears its write {a.attempt.id} {a.outcome} {NEWEST - a.revision}"
+            rest = self._net(s, i, net._replace(answer=None))
+            yield self._act(rest, i, what, event)
+            if s.faults and "late" in self.kinds and node.late is None:
+                key = (s.nodes[i], i, s.store, self._streams(s, i), what, False)
+                if self._steps[key].ordered:
+                    yield self._act(rest, i, what, event, cost=1, late=True)
+        if s.faults and "unknown" in self.kinds and (net.request or net.answer):
+            pending = net.request.attempt if net.request is not None else net.answer and net.answer.attempt
+            if pending:
+                rest = self._net(s, i, net._replace(answer=None))
+                event = WriteDone(CLUSTER_STATE, pending.id, "unknown")
+                yield self._act(rest, i, f"hears nothing of its write {pending.id}", event, cost=1)
+
+    def _streams(self, s: State, i: int) -> bool:
+        other = self.nodes.values[s.nodes[1 - i]].host
+        return other.postgres == "primary" and self.nodes.values[s.nodes[i]].host.following == NODES[1 - i]
+
+    def _node(self, s: State, i: int, node: Node, cost: int = 0) -> State:
+        number = self.nodes.number(ranked(node))
+        nodes = (number, s.nodes[1]) if i == 0 else (s.nodes[0], number)
+        return s._replace(nodes=nodes, faults=s.faults - cost)
+
+    def _net(self, s: State, i: int, net: Net) -> State:
+        number = self.nets.number(net)
+        return s._replace(nets=(number, s.nets[1]) if i == 0 else (s.nets[0], number))
+
+    def _of_net(self, s: State, i: int) -> Iterator[Next]:
+        net = self.nets.values[s.nets[i]]
+        if net.request is not None:
+            found = self._stores(s, i, net.request, net._replace(request=None), "write")
+            if found is not None:
+                yield found
+        if net.ghost is not None:
+            found = self._stores(s, i, net.ghost, net._replace(ghost=None), "old write, which nobody waits for")
+            if found is not None:
+                yield found
+
+    def _of_host(self, s: State, i: int) -> Iterator[Next]:
+        node, name = self.nodes.values[s.nodes[i]], NODES[i]
+        h = node.host
+        if h.effect:
+            label = f"{name}'s fencer has done its {h.effect}"
+            yield label, self._node(s, i, node._replace(host=hosts.ended(h), stepped=False))
+        if h.promoting and h.effect != "activate":
+            label = f"{name}'s cancelled promotion completes"
+            yield label, self._node(s, i, node._replace(host=hosts.promoted_late(h)))
+        if node.late is not None:
+            check_claimed(node.late, name, self.stores.values[s.store])
+            checks = self.s.checks_generation
+            after, refused = hosts.receive(h, name, node.late, self.timing, checks_generation=checks)
+            label = f"{name}'s fencer receives what waited in the socket: {refused or 'admitted'}"
+            generation = node.late.generation
+            s = self._node(s, i, node._replace(host=after, late=None))
+            if refused and not node.paused:
+                told, s = self._act(s, i, f"is refused {generation}", OrderRefused(generation, refused, ""))
+                label = f"{label}; {told}"
+            yield label, s
+
+    def _faults(self, s: State, i: int) -> Iterator[Next]:
+        node, net, name = self.nodes.values[s.nodes[i]], self.nets.values[s.nets[i]], NODES[i]
+        h, kinds = node.host, self.kinds
+        if "pause" in kinds and not node.paused:
+            yield f"FAULT {name}'s agent stands still", self._node(s, i, node._replace(paused=True), 1)
+        if "crash" in kinds:
+            yield f"FAULT {name}'s agent is killed", self._crashed(s, i, node, net)
+        if "host" in kinds:
+            gone = node._replace(host=hosts.lost(h, self.timing), late=None)
+            yield f"FAULT {name} loses power", self._crashed(s, i, gone, net)
+        if "cut" in kinds and not node.cut:
+            yield f"FAULT {name} is cut from the store", self._node(s, i, node._replace(cut=True), 1)
+        if "postgres" in kinds and h.postgres != "down" and not h.effect:
+            died = node._replace(host=hosts.died(h), stepped=False)
+            yield f"FAULT {name}'s PostgreSQL dies", self._node(s, i, died, 1)
+        if "fencer" in kinds:
+            again = node._replace(host=hosts.restarted(h, self.timing))
+            yield f"FAULT {name}'s fencer is restarted", self._node(s, i, again, 1)
+        if "activation" in kinds and h.effect == "activate":
+            failed = node._replace(host=hosts.failed(h, self.timing), stepped=False)
+            yield f"FAULT {name}'s activation fails", self._node(s, i, failed, 1)
+
+    def _crashed(self, s: State, i: int, node: Node, net: Net) -> State:
+        """Another agent process will start; what the old one has sent is still on its way."""
+        node = node._replace(view=fresh_view(NODES[i], self.timing), paused=True)
+        store, net = self._renamed(s.store, net, NODES[i], {})
+        return self._node(self._net(s._replace(store=store), i, net), i, node, 1)
+
+    def _asks(self, s: State) -> Iterator[Next]:
+        store = self.stores.values[s.store]
+        c = store.record
+        if store.control is None and c is not None and c.primary is not None:
+            to = NODES[1 - NODES.index(c.primary)]
+            wish = Control(attempt="", switchover=Switchover("s1", to, c.term, "operator"))
+            number = self.stores.number(store._replace(control=wish))
+            label = f"an operator asks for a switchover to {to}"
+            yield label, s._replace(store=number, faults=s.faults - 1)
