@@ -68,7 +68,6 @@ class Node(NamedTuple):
     late: Order | Renew | None = None  # waits in the fencer's socket
     cut: bool = False  # from the store
     paused: bool = False
-    stepped: bool = False  # since the last tick
 
 
 class Request(NamedTuple):
@@ -277,6 +276,6 @@ def act(
     if request is not None and request.attempt is not None:
         id_ = names.get(request.attempt.id)
         request = request._replace(attempt=Pending(name, id_) if id_ is not None else None)
-    after = ranked(node._replace(view=view, host=m.host, late=m.late, stepped=True))
+    after = ranked(node._replace(view=view, host=m.host, late=m.late))
     kept = tuple((old, new) for old, new in names.items() if int(old.rpartition("-")[2]) < COUNTER)
     return Stepped(after, m.member, request, kept, "; ".join(m.said), m.ordered)

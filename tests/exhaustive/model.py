@@ -161,7 +161,6 @@ class Model:
                 late=late,
                 cut=node.cut,
                 paused=node.paused,
-                stepped=False,
             )
             return self.nodes.number(after)
 
@@ -205,22 +204,23 @@ class Model:
 
     # ------------------------------------------------------------ an agent acts
 
-    def _act(self, s: State, i: int, what: str, event: Event | None, cost: int = 0, late: bool = False) -> Next:
+    def _act(
+        self, s: State, i: int, what: str, event: Event | None, *, late: bool = False
+    ) -> tuple[str, State, bool]:
         """Node i's agent acts on `event`, which `what` names uniquely for the memory of steps."""
-        node, other = s.nodes[i], self.nodes.values[s.nodes[1 - i]]
-        streams = (
-            other.host.postgres == "primary" and self.nodes.values[node].host.following == NODES[1 - i]
-        )
-        key = (node, i, s.store, streams, what, late)
+        me, other = self.nodes.values[s.nodes[i]].host, self.nodes.values[s.nodes[1 - i]].host
+        streams = other.postgres == "primary" and me.following == NODES[1 - i]
+        key = (s.nodes[i], i, s.store, streams, what, late)
         done = self._steps.get(key)
         if done is None:
             events = [event] if event is not None else []
-            store = self.stores.values[s.store]
-            done = act(self.nodes.values[node], NODES[i], store, events, self.s, streams=streams, late=late)
+            store, node = self.stores.values[s.store], self.nodes.values[s.nodes[i]]
+            done = act(node, NODES[i], store, events, self.s, streams=streams, late=late)
             self._steps[key] = done
-        return self._after(s, i, done, f"{NODES[i]} {what}" + (f": {done.label}" if done.label else ""), cost)
+        label = f"{NODES[i]} {what}" + (f": {done.label}" if done.label else "")
+        return label, self._after(s, i, done), done.ordered
 
-    def _after(self, s: State, i: int, done: Stepped, label: str, cost: int) -> Next:
+    def _after(self, s: State, i: int, done: Stepped) -> State:
         store_number, net = self._renamed(s.store, self.nets.values[s.nets[i]], NODES[i], dict(done.names))
         if done.request is not None:
             ghost = self._ghost(net.request) or net.ghost
@@ -236,11 +236,11 @@ class Model:
             other = self._peer_written(other, 1 - i)
         node_number = self.nodes.number(done.node)
         net_number = self.nets.number(net)
-        return label, State(
+        return State(
             nodes=(node_number, other) if i == 0 else (other, node_number),
             nets=(net_number, s.nets[1]) if i == 0 else (s.nets[0], net_number),
             store=store_number,
-            faults=s.faults - cost,
+            faults=s.faults,
         )
 
     # ------------------------------------------------------------ the store writes
@@ -302,48 +302,55 @@ class Model:
                 yield from self._faults(s, i)
         if s.faults and "ask" in self.kinds:
             yield from self._asks(s)
-        if all(self._may_pass(self.nodes.values[n]) for n in s.nodes):
+        if not any(hosts.overdue(self.nodes.values[n].host) for n in s.nodes):
             nodes = (self._node_later(s.nodes[0], 0), self._node_later(s.nodes[1], 1))
-            yield "-- a second passes", s._replace(nodes=nodes, store=self._store_later(s.store))
+            yield from self._told(
+                "-- a second passes", s._replace(nodes=nodes, store=self._store_later(s.store)), (0, 1)
+            )
 
-    def _may_pass(self, n: Node) -> bool:
-        return (n.stepped or n.paused) and not hosts.overdue(n.host)
+    def _told(self, label: str, s: State, who: tuple[int, ...]) -> Iterator[Next]:
+        """The agents that run act at once on what has happened; as a fault their order waits in the socket."""
+        states = [(label, s)]
+        for i in who:
+            states = [after for before in states for after in self._acts(*before, i, "steps", None)]
+        yield from states
+
+    def _acts(self, label: str, s: State, i: int, what: str, event: Event | None) -> list[Next]:
+        """One agent acts, in each way it can."""
+        node = self.nodes.values[s.nodes[i]]
+        if node.paused:
+            return [(label, s)]
+        said, after, ordered = self._act(s, i, what, event)
+        states = [(f"{label}; {said}" if label else said, after)]
+        if ordered and s.faults and "late" in self.kinds and node.late is None:
+            said, after, _ = self._act(s, i, what, event, late=True)
+            states.append((f"{label}; {said}" if label else said, after._replace(faults=s.faults - 1)))
+        return states
 
     def _of_agent(self, s: State, i: int) -> Iterator[Next]:
         node, net = self.nodes.values[s.nodes[i]], self.nets.values[s.nets[i]]
         if node.paused:
-            yield f"{NODES[i]}'s agent runs again", self._node(s, i, node._replace(paused=False))
+            again = self._node(s, i, node._replace(paused=False))
+            yield from self._told(f"{NODES[i]}'s agent runs again", again, (i,))
             return
-        yield self._act(s, i, "steps", None)
-        if s.faults and "late" in self.kinds and node.late is None:
-            key = (s.nodes[i], i, s.store, *[self._streams(s, i)], "steps", False)
-            if self._steps[key].ordered:
-                yield self._act(s, i, "steps", None, cost=1, late=True)
         if node.cut:
+            yield f"{NODES[i]} reaches the store again", self._node(s, i, node._replace(cut=False))
             return
-        if node.view.revision != NEWEST and self.stores.values[s.store].record is not None:
-            store = self.stores.values[s.store]
-            yield self._act(s, i, "is told by the watch", cluster_seen(store, NODES[i], by_read=False))
+        store = self.stores.values[s.store]
+        if node.view.revision != NEWEST and store.record is not None:
+            yield from self._acts("", s, i, "is told by the watch", cluster_seen(store, NODES[i], by_read=False))
         if net.answer is not None:
             a = net.answer
             event = WriteDone(CLUSTER_STATE, a.attempt.id, a.outcome, a.revision)  # type: ignore[arg-type]
-            what = f"hears its write {a.attempt.id} {a.outcome} {NEWEST - a.revision}"
-            rest = self._net(s, i, net._replace(answer=None))
-            yield self._act(rest, i, what, event)
-            if s.faults and "late" in self.kinds and node.late is None:
-                key = (s.nodes[i], i, s.store, self._streams(s, i), what, False)
-                if self._steps[key].ordered:
-                    yield self._act(rest, i, what, event, cost=1, late=True)
-        if s.faults and "unknown" in self.kinds and (net.request or net.answer):
-            pending = net.request.attempt if net.request is not None else net.answer and net.answer.attempt
-            if pending:
-                rest = self._net(s, i, net._replace(answer=None))
-                event = WriteDone(CLUSTER_STATE, pending.id, "unknown")
-                yield self._act(rest, i, f"hears nothing of its write {pending.id}", event, cost=1)
-
-    def _streams(self, s: State, i: int) -> bool:
-        other = self.nodes.values[s.nodes[1 - i]].host
-        return other.postgres == "primary" and self.nodes.values[s.nodes[i]].host.following == NODES[1 - i]
+            what = f"hears that its write was {a.outcome}"
+            key = f"{what} {a.attempt.id} {NEWEST - a.revision}"
+            yield from self._acts("", self._net(s, i, net._replace(answer=None)), i, key, event)
+        pending = net.request.attempt if net.request is not None else None
+        pending = net.answer.attempt if net.answer is not None else pending
+        if s.faults and "unknown" in self.kinds and pending is not None:
+            rest = self._net(s._replace(faults=s.faults - 1), i, net._replace(answer=None))
+            event = WriteDone(CLUSTER_STATE, pending.id, "unknown")
+            yield from self._acts("", rest, i, f"hears nothing of its write {pending.id}", event)
 
     def _node(self, s: State, i: int, node: Node, cost: int = 0) -> State:
         number = self.nodes.number(ranked(node))
@@ -369,22 +376,20 @@ class Model:
         node, name = self.nodes.values[s.nodes[i]], NODES[i]
         h = node.host
         if h.effect:
-            label = f"{name}'s fencer has done its {h.effect}"
-            yield label, self._node(s, i, node._replace(host=hosts.ended(h), stepped=False))
+            ended = self._node(s, i, node._replace(host=hosts.ended(h)))
+            yield from self._told(f"{name}'s fencer has done its {h.effect}", ended, (i,))
         if h.promoting and h.effect != "activate":
-            label = f"{name}'s cancelled promotion completes"
-            yield label, self._node(s, i, node._replace(host=hosts.promoted_late(h)))
+            late = self._node(s, i, node._replace(host=hosts.promoted_late(h)))
+            yield from self._told(f"{name}'s cancelled promotion completes", late, (i,))
         if node.late is not None:
             check_claimed(node.late, name, self.stores.values[s.store])
             checks = self.s.checks_generation
             after, refused = hosts.receive(h, name, node.late, self.timing, checks_generation=checks)
-            label = f"{name}'s fencer receives what waited in the socket: {refused or 'admitted'}"
             generation = node.late.generation
-            s = self._node(s, i, node._replace(host=after, late=None))
-            if refused and not node.paused:
-                told, s = self._act(s, i, f"is refused {generation}", OrderRefused(generation, refused, ""))
-                label = f"{label}; {told}"
-            yield label, s
+            label = f"{name}'s fencer receives what waited in the socket: {refused or 'admitted'}"
+            event = OrderRefused(generation, refused, "") if refused else None
+            told = self._node(s, i, node._replace(host=after, late=None))
+            yield from self._acts(label, told, i, f"is refused {generation}" if refused else "steps", event)
 
     def _faults(self, s: State, i: int) -> Iterator[Next]:
         node, net, name = self.nodes.values[s.nodes[i]], self.nets.values[s.nets[i]], NODES[i]
@@ -399,14 +404,14 @@ class Model:
         if "cut" in kinds and not node.cut:
             yield f"FAULT {name} is cut from the store", self._node(s, i, node._replace(cut=True), 1)
         if "postgres" in kinds and h.postgres != "down" and not h.effect:
-            died = node._replace(host=hosts.died(h), stepped=False)
-            yield f"FAULT {name}'s PostgreSQL dies", self._node(s, i, died, 1)
+            died = self._node(s, i, node._replace(host=hosts.died(h)), 1)
+            yield from self._told(f"FAULT {name}'s PostgreSQL dies", died, (i,))
         if "fencer" in kinds:
-            again = node._replace(host=hosts.restarted(h, self.timing))
-            yield f"FAULT {name}'s fencer is restarted", self._node(s, i, again, 1)
+            again = self._node(s, i, node._replace(host=hosts.restarted(h, self.timing)), 1)
+            yield from self._told(f"FAULT {name}'s fencer is restarted", again, (i,))
         if "activation" in kinds and h.effect == "activate":
-            failed = node._replace(host=hosts.failed(h, self.timing), stepped=False)
-            yield f"FAULT {name}'s activation fails", self._node(s, i, failed, 1)
+            failed = self._node(s, i, node._replace(host=hosts.failed(h, self.timing)), 1)
+            yield from self._told(f"FAULT {name}'s activation fails", failed, (i,))
 
     def _crashed(self, s: State, i: int, node: Node, net: Net) -> State:
         """Another agent process will start; what the old one has sent is still on its way."""
