@@ -76,13 +76,17 @@ def cluster(c: ClusterState) -> ClusterState:
 
 
 def member(m: Member, t: Timing) -> Member:
+    """What a rival reads of the final position: only that it is one, and only the node of the first name goes
+    first where all else is equal (the model has no WAL, all positions are)."""
+    counts = m.node == "n1" and m.db == "standby"
     return replace(
         m,
         attempt="",
         status=State.WATCHING,
         row="",
         why="",
-        silent_ns=min(m.silent_ns, t.settle_ns) // UNIT * UNIT,
+        seen_revision=m.seen_revision if counts else 0,
+        silent_ns=t.settle_ns if counts and m.silent_ns >= t.settle_ns else 0,
         generation="",
         lease_left_ms=None,
     )
@@ -125,11 +129,18 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
     """The normal form `shift_ns` later and `by` revisions of cluster_state later."""
     past = partial(_past, shift_ns=shift_ns)
     wait = t.failover_ns // UNIT + 1
+    patience = 2 * (t.interval_ns + t.timeout_ns) // UNIT
     others = [n for n in v.members if n != me]
     own_stamp_ns = past(v.own_stamp_ns, 2 * wait)
-    stamp_ns = v.stamp_ns - shift_ns if v.stamp_ns else 0
-    if stamp_ns:  # counts by how far it is behind our own
-        stamp_ns = max(stamp_ns, min(own_stamp_ns or NOW, NOW) - (wait + 1) * UNIT)
+    primary = v.cluster.primary if v.cluster is not None else None
+    stamp_ns, quiet = 0, 0  # of a vacancy, and of what is our own, nothing is stale
+    if primary not in {None, me}:
+        # It counts by how far it is behind our own.
+        stamp_ns = v.stamp_ns - shift_ns if v.stamp_ns else 0
+        stamp_ns = max(stamp_ns, (own_stamp_ns or NOW) - (wait + 1) * UNIT) if stamp_ns else 0
+        quiet = wait + patience
+    elif primary is None:
+        quiet = patience
     order = v.order
     if order is not None:
         order = replace(order, sent_ns=past(order.sent_ns, 2), refused="refused" if order.refused else "")
@@ -144,7 +155,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         revision=moved(v.revision, by),
         stamp_ns=stamp_ns,
         first_seen_ns=past(v.first_seen_ns, t.settle_ns / UNIT),
-        silent_from_ns=past(v.silent_from_ns, wait + 2 * (t.interval_ns + t.timeout_ns) / UNIT),
+        silent_from_ns=past(v.silent_from_ns, quiet),
         lead=_register(v.lead, shift_ns, by),
         lead_record=cluster(record) if record is not None else None,
         lead_sent_ns=past(v.lead_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
@@ -162,7 +173,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         failures=min(v.failures, t.failure_threshold),
         successes=min(v.successes, t.success_threshold),
         failed_why="",
-        losses=(NOW - UNIT,) if v.losses else (),
+        losses=(),
         refused=(v.refused[0], "") if v.refused is not None else None,
         named_ns=past(v.named_ns, wait) if v.successor is not None else 0,
         handover_pause_until_ns=0,
