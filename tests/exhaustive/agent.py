@@ -20,6 +20,7 @@ from harmony.core.messages import (
     Event,
     Fatal,
     FencerSeen,
+    Gen,
     Log,
     MemberSeen,
     Order,
@@ -189,7 +190,7 @@ class _Moment:
                     else _member_seen(self.store, self.name)
                 ]
             case Refresh():
-                return [RefreshDone(ok=False)] if self.cut else _read_all(self.store, self.name)
+                return [] if self.cut else _read_all(self.store, self.name)
             case _:
                 pass
         return []
@@ -233,6 +234,13 @@ class _Moment:
         return [WriteDone(MEMBER_PREFIX + self.name, w.attempt, "acked", NEWEST)]
 
 
+def changed(c: Order | Renew, generation: Gen, deadline_ns: int) -> Order | Renew:
+    """The same message with other numbers."""
+    if isinstance(c, Renew):
+        return Renew(generation, deadline_ns)
+    return replace(c, generation=generation, deadline_ns=deadline_ns)
+
+
 def check_claimed(c: Order | Renew, node: str, store: Store) -> None:
     """I4: only who has claimed a term in the store may activate in it."""
     term = c.generation[0]
@@ -244,11 +252,11 @@ def check_claimed(c: Order | Renew, node: str, store: Store) -> None:
 
 def ranked(node: Node) -> Node:
     """Count the generations anew; they are this node's own affair."""
-    h = node.host
+    h, late = node.host, node.late
     used = normal.generations(node.view) | {h.highest}
     used |= {h.newest.generation} if h.newest is not None else set()
     used |= {h.active} if h.active is not None else set()
-    used |= {node.late.generation} if node.late is not None else set()
+    used |= {late.generation} if late is not None else set()
     names = normal.rank(used)
     if all(a == b for a, b in names.items()):
         return node
@@ -259,7 +267,7 @@ def ranked(node: Node) -> Node:
             newest=h.newest._replace(generation=names[h.newest.generation]) if h.newest is not None else None,
             active=names[h.active] if h.active is not None else None,
         ),
-        late=replace(node.late, generation=names[node.late.generation]) if node.late is not None else None,
+        late=changed(late, names[late.generation], late.deadline_ns) if late is not None else None,
     )
 
 
@@ -268,6 +276,8 @@ def act(
 ) -> Stepped:
     """The agent's step on `events`, and all that follows from it at this moment."""
     m = _Moment(node, name, store, streams, s, late)
+    if 0 < node.view.refreshing_until_ns <= NOW + s.timing.timeout_ns:
+        events = [RefreshDone(ok=False), *events]  # a read that nobody has answered
     m.run(events)
     lead, names = normal.named(m.view.lead, f"{name}-")
     own, _ = normal.named(m.view.own, "m")

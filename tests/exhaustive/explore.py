@@ -88,7 +88,7 @@ def main() -> None:
         heartbeat_interval_s=1, heartbeat_timeout_s=1, failure_threshold=1, success_threshold=1,
         fence_timeout_s=1, safety_margin_s=0, failover_timeout_s=float(sys.argv[5]) if len(sys.argv) > 5 else 3.001,
     )
-    m = Model(Setting(t), faults, frozenset(kinds))
+    m = Model(Setting(t), faults, frozenset(kinds), int(sys.argv[6]) if len(sys.argv) > 6 else 3)
     start = time.process_time()
     goals: dict[str, Goal] = {
         "founded": lambda m, s: len(m.stores.values[s.store].owners) == 1,

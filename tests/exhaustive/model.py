@@ -24,6 +24,7 @@ from tests.exhaustive.agent import (
     Stepped,
     Store,
     act,
+    changed,
     check_claimed,
     cluster_seen,
     fresh_view,
@@ -82,8 +83,8 @@ Next = tuple[str, State]
 class Model:
     """All tables of one exploration."""
 
-    def __init__(self, setting: Setting, faults: int, kinds: frozenset[str]) -> None:
-        self.s, self.faults, self.kinds = setting, faults, kinds
+    def __init__(self, setting: Setting, faults: int, kinds: frozenset[str], terms: int = MAX_TERM) -> None:
+        self.s, self.faults, self.kinds, self.terms = setting, faults, kinds, terms
         self.nodes: Table[Node] = Table()
         self.nets: Table[Net] = Table()
         self.stores: Table[Store] = Table()
@@ -154,7 +155,7 @@ class Model:
             node = self.nodes.values[number]
             late = node.late
             if late is not None:
-                late = replace(late, deadline_ns=max(NOW, late.deadline_ns - UNIT))
+                late = changed(late, late.generation, max(NOW, late.deadline_ns - UNIT))
             after = Node(
                 view=normal.view(node.view, NODES[i], self.timing, shift_ns=UNIT),
                 host=hosts.later(node.host, UNIT, self.timing),
@@ -178,23 +179,25 @@ class Model:
     def _renamed(self, store: int, net: Net, node: str, names: dict[str, str]) -> tuple[int, Net]:
         """Give the attempts of `node` that still are pending their new names; the others mean nothing now."""
 
-        def new(p: Pending | None) -> Pending | None:
-            if p is None or p.node != node:
-                return p
-            return Pending(node, names[p.id]) if p.id in names else None
-
         value = self.stores.values[store]
-        if new(value.attempt) != value.attempt:
-            store = self.stores.number(value._replace(attempt=new(value.attempt)))
-        request, answer = net.request, net.answer
+        if value.attempt is not None and value.attempt.node == node:
+            attempt = self._new(value.attempt, names)
+            if attempt != value.attempt:
+                store = self.stores.number(value._replace(attempt=attempt))
+        request, ghost, answer = net
         if request is not None:
-            request = request._replace(attempt=new(request.attempt))
-            if request.attempt is None:
-                request, net = None, net._replace(ghost=self._ghost(request) or net.ghost)
+            attempt = self._new(request.attempt, names)
+            if attempt is None:
+                request, ghost = None, self._ghost(request) or ghost
+            elif attempt != request.attempt:
+                request = request._replace(attempt=attempt)
         if answer is not None:
-            pending = new(answer.attempt)
-            answer = answer._replace(attempt=pending) if pending is not None else None
-        return store, net._replace(request=request, answer=answer)
+            attempt = self._new(answer.attempt, names)
+            answer = answer._replace(attempt=attempt) if attempt is not None else None
+        return store, Net(request, ghost, answer)
+
+    def _new(self, p: Pending | None, names: dict[str, str]) -> Pending | None:
+        return Pending(p.node, names[p.id]) if p is not None and p.id in names else None
 
     def _ghost(self, r: Request | None) -> Request | None:
         """A write that nobody waits for any more matters while it can still be stored."""
@@ -254,7 +257,7 @@ class Model:
             if r.attempt is not None:
                 nets[i] = rest._replace(answer=Answer(r.attempt, "refused", 0))
             return f"the store refuses {NODES[i]}'s {what}", self._with(s, nodes, nets, s.store)
-        if r.record.term > MAX_TERM:
+        if r.record.term > self.terms:
             self.beyond += 1
             return None
         self._check_write(store, r.record, NODES[i])
