@@ -94,6 +94,8 @@ class Setting(NamedTuple):
     timing: Timing
     checks_generation: bool = True
     checks_revision: bool = True
+    fences_itself: bool = True
+    proves: bool = True
 
 
 def identity(node: str) -> Identity:
@@ -173,7 +175,10 @@ class _Moment:
     def _carry_out(self, c: Command) -> list[Event]:
         match c:
             case Log(row=row, before=before, after=after, why=why):
-                self.said.append(f"{before} -> {after} [{row}] {why}" if before != after else f"[{row}] {why}")
+                if before != after:
+                    self.said.append(f"{before} -> {after} [{row}] {why}")
+                elif row != "0":
+                    self.said.append(f"[{row}] {why}")
             case Fatal(why=why):
                 raise Violation(f"{self.name} fatal: {why}")
             case Order() | Renew():

@@ -2,111 +2,108 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.exhaustive.host import Violation
 from tests.exhaustive.model import Model, State
 
+Goal = Callable[[Model, State], bool]
+PASSES = "-- a second passes"
+
 
 @dataclass
 class Result:
-    """What an exploration has seen. `complete`: nothing was left to explore within the bounds."""
+    """What an exploration has seen. `complete`: nothing was left to explore within the bounds of the model."""
 
     states: int = 0
     transitions: int = 0
-    complete: bool = False
     depth: int = 0
+    complete: bool = False
     violation: str = ""
     trace: list[str] = field(default_factory=list)
     goals: dict[str, list[str]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        size = f"{self.states} states, {self.transitions} transitions, depth {self.depth}"
+        ends = "complete" if self.complete else "bounded"
+        return "\n".join([f"{size}, {ends}", *self.trace])
 
-Goal = Callable[[Model, State], bool]
+
+class _Paths:
+    """Where each state was first reached from, and by what."""
+
+    def __init__(self, starts: list[State]) -> None:
+        self.seen: dict[State, int] = {s: n for n, s in enumerate(starts)}
+        self._parents: list[tuple[int, str]] = [(-1, "")] * len(self.seen)
+
+    def add(self, after: State, before: State, label: str) -> bool:
+        """False: it was known."""
+        if after in self.seen:
+            return False
+        self.seen[after] = len(self._parents)
+        self._parents.append((self.seen[before], label))
+        return True
+
+    def to(self, s: State) -> list[str]:
+        """One line for each transition, with the seconds since the start."""
+        labels = []
+        number = self.seen[s]
+        while number >= 0:
+            number, label = self._parents[number]
+            labels.append(label)
+        lines, at = [], 0
+        for label in labels[-2::-1]:
+            at += label.startswith(PASSES)
+            lines.append(f"{at:3} s  {label}")
+        return lines
 
 
 def explore(
-    model: Model, starts: list[State], goals: dict[str, Goal], *, depth: int, states: int
+    model: Model, starts: list[State], *, depth: int = 1000, goals: dict[str, Goal] | None = None
 ) -> Result:
-    """All states reachable from `starts` by at most `depth` transitions; no more than about `states`."""
-    result = Result()
-    seen: dict[State, int] = {s: n for n, s in enumerate(starts)}
-    parents: list[tuple[int, str]] = [(-1, "")] * len(seen)
-    frontier = list(seen)
-    open_goals = dict(goals)
+    """All states reachable from `starts` by at most `depth` transitions, or up to the first violation.
 
-    def path(number: int) -> list[str]:
-        steps = []
-        while number >= 0:
-            number, label = parents[number]
-            steps.append(label)
-        return steps[-2::-1]
-
-    for result.depth in range(depth):
+    `goals` names what must be reachable; the result has a shortest path to each that was found.
+    """
+    result, paths = Result(), _Paths(starts)
+    frontier, wanted = list(starts), dict(goals or {})
+    while frontier and result.depth < depth:
+        result.depth += 1
         following: list[State] = []
         for s in frontier:
-            number = seen[s]
-            label = ""
+            at = s
             try:
-                for label, after in model.next(s):  # noqa: B007 (it is told when the next one breaks)
+                for label, after in model.next(s):
                     result.transitions += 1
-                    if after in seen:
+                    if not paths.add(after, s, label):
                         continue
-                    seen[after] = len(parents)
-                    parents.append((number, label))
-                    following.append(after)
+                    at = after
                     model.check(after)
-                    for name in [n for n, goal in open_goals.items() if goal(model, after)]:
-                        result.goals[name] = path(seen[after])
-                        del open_goals[name]
+                    at = s
+                    following.append(after)
+                    for name in [n for n, goal in wanted.items() if goal(model, after)]:
+                        result.goals[name] = paths.to(after)
+                        del wanted[name]
             except Violation as e:
                 result.violation = str(e)
-                broken = len(parents) - 1 if parents[-1][0] == number and str(e)[:2] in {"I1", "I6"} else number
-                result.trace = [*path(broken), f"VIOLATION {e}"]
-                result.states = len(seen)
+                result.trace = [*paths.to(at), f"VIOLATION {e}"]
+                result.states = len(paths.seen)
                 return result
-        result.states = len(seen)
+        result.states = len(paths.seen)
         frontier = following
-        if not frontier:
-            result.complete = True
-            return result
-        if len(seen) >= states:
-            return result
+    result.complete = not frontier
     return result
 
 
-def main() -> None:
-    """For development."""
-    import sys
-
-    from harmony.core.timing import Timing
-    from tests.exhaustive.agent import Setting
-
-    faults, kinds, depth, states = int(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4])
-    t = Timing(
-        heartbeat_interval_s=1, heartbeat_timeout_s=1, failure_threshold=1, success_threshold=1,
-        fence_timeout_s=1, safety_margin_s=0, failover_timeout_s=float(sys.argv[5]) if len(sys.argv) > 5 else 3.001,
-    )
-    m = Model(Setting(t), faults, frozenset(kinds), int(sys.argv[6]) if len(sys.argv) > 6 else 3)
-    start = time.process_time()
-    goals: dict[str, Goal] = {
-        "founded": lambda m, s: len(m.stores.values[s.store].owners) == 1,
-        "leads": lambda m, s: any(m.nodes.values[n].host.postgres == "primary" for n in s.nodes),
-        "calm": lambda m, s: m.nodes.values[s.nodes[0]].view.state == "primary/healthy" and m.nodes.values[s.nodes[1]].view.state == "replica/watching" and m.nodes.values[s.nodes[1]].host.postgres == "standby",
-        "fence": lambda m, s: any(m.nodes.values[n].host.proven for n in s.nodes),
-    }
-    for how in ("stale", "vacancy", "handed over"):
-        goals[how] = lambda m, s, how=how: m.nodes.values[s.nodes[1]].host.postgres == "primary" and m.stores.values[s.store].owners[-1] == ("n2", how)
-    r = explore(m, [m.empty()], goals, depth=depth, states=states)
-    print(r.states, r.transitions, "depth", r.depth, "complete", r.complete, "beyond", m.beyond, f"{time.process_time() - start:.1f} s")
-    print("nodes", len(m.nodes.values), "nets", len(m.nets.values), "stores", len(m.stores.values), "steps", len(m._steps))
-    for g, p in r.goals.items():
-        print("GOAL", g, len(p), sum(x.startswith("--") for x in p))
-        if "-v" in sys.argv:
-            print("\n".join(p))
-    print(r.violation, *r.trace, sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+def calm(model: Model, seconds: int = 12) -> State:
+    """n1 leads in term 1, n2 follows: reached from the empty store when every message arrives at once."""
+    s = model.empty()._replace(faults=0)
+    for _ in range(seconds):
+        for _ in range(20):
+            prompt = [after for label, after in model.next(s) if not label.startswith(PASSES) and after != s]
+            if not prompt:
+                break
+            s = prompt[0]
+        s = next(after for label, after in model.next(s) if label.startswith(PASSES))
+    return s._replace(faults=model.faults)

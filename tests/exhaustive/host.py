@@ -224,11 +224,11 @@ def overdue(h: Host) -> bool:
     return h.gone_by_ns != 0 and h.gone_by_ns <= NOW
 
 
-def later(h: Host, ns: int, t: Timing) -> Host:
+def later(h: Host, ns: int, t: Timing, *, fences_itself: bool = True) -> Host:
     """Time has passed; a lease that is over is fenced at once: the dead-man's switch."""
     if h.gone_by_ns:
         h = h._replace(gone_by_ns=h.gone_by_ns - ns)
     if h.active is None:
         return h
     h = h._replace(deadline_ns=h.deadline_ns - ns)
-    return h if NOW < h.deadline_ns else _by_itself(h, h.deadline_ns + t.stop_ns, "preempted")
+    return h if NOW < h.deadline_ns or not fences_itself else _by_itself(h, h.deadline_ns + t.stop_ns, "preempted")

@@ -34,7 +34,9 @@ from tests.exhaustive.host import NODES, Violation
 from tests.exhaustive.normal import NEWEST, NOW, UNIT
 
 T = TypeVar("T", bound=Hashable)
-MAX_TERM = 3
+FAULTS = frozenset(
+    {"late", "unknown", "pause", "crash", "host", "cut", "postgres", "fencer", "activation", "ask"}
+)
 
 
 class Answer(NamedTuple):
@@ -83,7 +85,7 @@ Next = tuple[str, State]
 class Model:
     """All tables of one exploration."""
 
-    def __init__(self, setting: Setting, faults: int, kinds: frozenset[str], terms: int = MAX_TERM) -> None:
+    def __init__(self, setting: Setting, faults: int, kinds: frozenset[str], terms: int = 2) -> None:
         self.s, self.faults, self.kinds, self.terms = setting, faults, kinds, terms
         self.nodes: Table[Node] = Table()
         self.nets: Table[Net] = Table()
@@ -91,7 +93,7 @@ class Model:
         self._steps: dict[tuple[int, int, int, bool, str, bool], Stepped] = {}
         self._stepped: dict[int, int] = {}
         self._moved: dict[tuple[str, int, int], int] = {}
-        self.beyond = 0  # writes of a term beyond MAX_TERM that were not carried out
+        self.beyond = 0  # writes of a term beyond `terms` that were not carried out
 
     @property
     def timing(self) -> Timing:
@@ -158,7 +160,7 @@ class Model:
                 late = changed(late, late.generation, max(NOW, late.deadline_ns - UNIT))
             after = Node(
                 view=normal.view(node.view, NODES[i], self.timing, shift_ns=UNIT),
-                host=hosts.later(node.host, UNIT, self.timing),
+                host=hosts.later(node.host, UNIT, self.timing, fences_itself=self.s.fences_itself),
                 late=late,
                 cut=node.cut,
                 paused=node.paused,
@@ -305,7 +307,7 @@ class Model:
                 yield from self._faults(s, i)
         if s.faults and "ask" in self.kinds:
             yield from self._asks(s)
-        if not any(hosts.overdue(self.nodes.values[n].host) for n in s.nodes):
+        if not any(self.s.proves and hosts.overdue(self.nodes.values[n].host) for n in s.nodes):
             nodes = (self._node_later(s.nodes[0], 0), self._node_later(s.nodes[1], 1))
             yield from self._told(
                 "-- a second passes", s._replace(nodes=nodes, store=self._store_later(s.store)), (0, 1)
