@@ -115,9 +115,7 @@ def cluster_seen(store: Store, node: str, *, by_read: bool) -> ClusterSeen:
         return ClusterSeen(None, 0, 0, by_read)
     mine = store.attempt is not None and store.attempt.node == node
     attempt = store.attempt.id if mine and store.attempt is not None else "another"
-    return ClusterSeen(
-        replace(store.record, attempt=attempt), NEWEST, NOW - store.age * UNIT, by_read
-    )
+    return ClusterSeen(replace(store.record, attempt=attempt), NEWEST, NOW - store.age * UNIT, by_read)
 
 
 def _member_seen(store: Store, name: str) -> MemberSeen:
@@ -128,7 +126,7 @@ def _member_seen(store: Store, name: str) -> MemberSeen:
     return MemberSeen(name, record, NEWEST, NOW - store.member_ages[i] * UNIT)
 
 
-def _read_all(store: Store, node: str) -> list[Event]:
+def read_all(store: Store, node: str) -> list[Event]:
     """As the shell reads: the own record first, then cluster_state, then the others."""
     others = [n for n in NODES if n != node]
     events: list[Event] = [_member_seen(store, node), cluster_seen(store, node, by_read=True)]
@@ -138,12 +136,10 @@ def _read_all(store: Store, node: str) -> list[Event]:
     return [*events, RefreshDone(ok=True)]
 
 
-class _Moment:
+class Moment:
     """Everything that one agent does at one moment."""
 
-    def __init__(
-        self, node: Node, name: str, store: Store, streams: bool, s: Setting, late: bool
-    ) -> None:
+    def __init__(self, node: Node, name: str, store: Store, streams: bool, s: Setting, late: bool) -> None:
         self.view, self.host, self.late = node.view, node.host, node.late
         self.name, self.store, self.streams, self.s = name, store, streams, s
         self.cut, self.delay = node.cut, late
@@ -195,7 +191,7 @@ class _Moment:
                     else _member_seen(self.store, self.name)
                 ]
             case Refresh():
-                return [] if self.cut else _read_all(self.store, self.name)
+                return [] if self.cut else read_all(self.store, self.name)
             case _:
                 pass
         return []
@@ -280,7 +276,7 @@ def act(
     node: Node, name: str, store: Store, events: list[Event], s: Setting, *, streams: bool, late: bool = False
 ) -> Stepped:
     """The agent's step on `events`, and all that follows from it at this moment."""
-    m = _Moment(node, name, store, streams, s, late)
+    m = Moment(node, name, store, streams, s, late)
     if 0 < node.view.refreshing_until_ns <= NOW + s.timing.timeout_ns:
         events = [RefreshDone(ok=False), *events]  # a read that nobody has answered
     m.run(events)

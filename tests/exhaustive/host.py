@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from harmony.core.messages import FencerView, Gen, Order, Renew
 from harmony.core.timing import Timing
-from harmony_fencer.admit import Extend, Facts, NewOrder, Refusal, admit
+from harmony_fencer.admit import Extend, Facts, NewOrder, admit
 from harmony_fencer.lease import clamp
 from harmony_fencer.protocol import (
     Activate,
@@ -18,6 +18,7 @@ from harmony_fencer.protocol import (
     Follow,
     Generation,
     OrderRecord,
+    Refusal,
     SyncRule,
 )
 from harmony_fencer.protocol import Renew as RenewRequest
@@ -211,7 +212,9 @@ def restarted(h: Host, t: Timing) -> Host:
         return _by_itself(h, NOW + t.stop_ns, "preempted")
     if n is not None and n.state == "running":
         n = n._replace(state="preempted")
-    return h._replace(active=None, deadline_ns=0, proven=False, clean=False, effect="", newest=n, gone_by_ns=0)
+    return h._replace(
+        active=None, deadline_ns=0, proven=False, clean=False, effect="", newest=n, gone_by_ns=0
+    )
 
 
 def lost(h: Host, t: Timing) -> Host:
@@ -231,4 +234,8 @@ def later(h: Host, ns: int, t: Timing, *, fences_itself: bool = True) -> Host:
     if h.active is None:
         return h
     h = h._replace(deadline_ns=h.deadline_ns - ns)
-    return h if NOW < h.deadline_ns or not fences_itself else _by_itself(h, h.deadline_ns + t.stop_ns, "preempted")
+    return (
+        h
+        if h.deadline_ns > NOW or not fences_itself
+        else _by_itself(h, h.deadline_ns + t.stop_ns, "preempted")
+    )

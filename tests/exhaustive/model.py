@@ -90,7 +90,7 @@ class Model:
         self.nodes: Table[Node] = Table()
         self.nets: Table[Net] = Table()
         self.stores: Table[Store] = Table()
-        self._steps: dict[tuple[int, int, int, bool, str, bool], Stepped] = {}
+        self.steps: dict[tuple[int, int, int, bool, str, bool], Stepped] = {}
         self._stepped: dict[int, int] = {}
         self._moved: dict[tuple[str, int, int], int] = {}
         self.beyond = 0  # writes of a term beyond `terms` that were not carried out
@@ -109,7 +109,9 @@ class Model:
 
     def check(self, s: State) -> None:
         """I1 and I6, in every state."""
-        writable = [n for n, i in zip(NODES, s.nodes, strict=True) if self.nodes.values[i].host.postgres == "primary"]
+        writable = [
+            n for n, i in zip(NODES, s.nodes, strict=True) if self.nodes.values[i].host.postgres == "primary"
+        ]
         if len(writable) > 1:
             raise Violation(f"I1: two writable primaries: {writable}")
         record = self.stores.values[s.store].record
@@ -216,12 +218,12 @@ class Model:
         me, other = self.nodes.values[s.nodes[i]].host, self.nodes.values[s.nodes[1 - i]].host
         streams = other.postgres == "primary" and me.following == NODES[1 - i]
         key = (s.nodes[i], i, s.store, streams, what, late)
-        done = self._steps.get(key)
+        done = self.steps.get(key)
         if done is None:
             events = [event] if event is not None else []
             store, node = self.stores.values[s.store], self.nodes.values[s.nodes[i]]
             done = act(node, NODES[i], store, events, self.s, streams=streams, late=late)
-            self._steps[key] = done
+            self.steps[key] = done
         label = f"{NODES[i]} {what}" + (f": {done.label}" if done.label else "")
         return label, self._after(s, i, done), done.ordered
 
@@ -343,7 +345,9 @@ class Model:
             return
         store = self.stores.values[s.store]
         if node.view.revision != NEWEST and store.record is not None:
-            yield from self._acts("", s, i, "is told by the watch", cluster_seen(store, NODES[i], by_read=False))
+            yield from self._acts(
+                "", s, i, "is told by the watch", cluster_seen(store, NODES[i], by_read=False)
+            )
         if net.answer is not None:
             a = net.answer
             event = WriteDone(CLUSTER_STATE, a.attempt.id, a.outcome, a.revision)  # type: ignore[arg-type]
@@ -373,7 +377,9 @@ class Model:
             if found is not None:
                 yield found
         if net.ghost is not None:
-            found = self._stores(s, i, net.ghost, net._replace(ghost=None), "old write, which nobody waits for")
+            found = self._stores(
+                s, i, net.ghost, net._replace(ghost=None), "old write, which nobody waits for"
+            )
             if found is not None:
                 yield found
 
