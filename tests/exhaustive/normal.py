@@ -160,7 +160,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         lead_record=cluster(record) if record is not None else None,
         lead_sent_ns=past(v.lead_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
         lease_until_ns=past(v.lease_until_ns, 0),
-        renewed=(v.renewed[0], past(v.renewed[1], 0)),
+        renewed=(v.renewed[0], v.renewed[1] - shift_ns) if v.renewed[1] - shift_ns > NOW else ((0, 0), 0),
         claim_pause_until_ns=_future(v.claim_pause_until_ns, shift_ns),
         members=Fixed({n: _seen_moved(member(v.members[n], t), by) for n in others}),
         member_revision=Fixed({n: v.member_revision[n] for n in others}),
