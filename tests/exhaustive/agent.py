@@ -34,6 +34,7 @@ from harmony.core.messages import (
     WriteDone,
 )
 from harmony.core.node import initial, step
+from harmony.core.register import RETRY_NS
 from harmony.core.timing import Timing
 from harmony.core.view import Identity, View
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Control, Member
@@ -277,7 +278,7 @@ def act(
 ) -> Stepped:
     """The agent's step on `events`, and all that follows from it at this moment."""
     m = Moment(node, name, store, streams, s, late)
-    if 0 < node.view.refreshing_until_ns <= NOW + s.timing.timeout_ns:
+    if NOW + RETRY_NS < node.view.refreshing_until_ns <= NOW + s.timing.timeout_ns:
         events = [RefreshDone(ok=False), *events]  # a read that nobody has answered
     m.run(events)
     lead, names = normal.named(m.view.lead, f"{name}-")

@@ -76,7 +76,7 @@ class Bounds:
 
 EVERY_GOAL = {"elected": FOUNDED, "calm": _calm, "fenced": _fenced, "failover": TAKEN, "vacancy": VACANCY}
 SMALL = {
-    "messages": Bounds(160_000, EVERY_GOAL, terms=3, complete=True),
+    "messages": Bounds(100_000, EVERY_GOAL, terms=3, complete=True),
     "faults": Bounds(100_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
     "hand-over": Bounds(
         10_000, {"handed over": HANDED}, start="calm", faults=1, kinds=frozenset({"ask"}), depth=21
