@@ -75,7 +75,20 @@ class Bounds:
 
 
 EVERY_GOAL = {"elected": FOUNDED, "calm": _calm, "fenced": _fenced, "failover": TAKEN, "vacancy": VACANCY}
+ASKED = {"handed over": HANDED}
+ASK = frozenset({"ask"})
 SMALL = {
+    "messages": Bounds(100_000, EVERY_GOAL, terms=3, complete=True),
+    "longer leases": Bounds(70_000, EVERY_GOAL, threshold=2, complete=True),
+    "faults": Bounds(120_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
+    "hand-over": Bounds(40_000, ASKED, start="calm", faults=1, kinds=ASK, depth=21),
+}
+MORE = {
+    "hand-over, whole": Bounds(280_000, ASKED, faults=1, kinds=ASK, complete=True),
+    "faults, deeper": Bounds(540_000, {"failover": TAKEN}, start="calm", faults=1, kinds=FAULTS, depth=16),
+    "two faults": Bounds(400_000, {"fenced": _fenced}, start="calm", faults=2, kinds=FAULTS, depth=9),
+}
+ALL = {
     "messages": Bounds(100_000, EVERY_GOAL, terms=3, complete=True),
     "faults": Bounds(100_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
     "hand-over": Bounds(
