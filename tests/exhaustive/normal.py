@@ -37,9 +37,6 @@ class Fixed(dict[K, V]):
         return hash(frozenset(self.items()))
 
 
-EMPTY: Fixed[str, int] = Fixed()
-
-
 def _past(at_ns: int, age: float, shift_ns: int) -> int:
     """A time that counts by its age: nothing asks whether it is older than `age` units. 0: never."""
     return max(at_ns - shift_ns, NOW - round(age * UNIT)) if at_ns else 0

@@ -110,7 +110,7 @@ def run(b: Bounds, setting: Setting | None = None) -> Result:
     model = Model(setting or Setting(timing(b.threshold)), b.faults, b.kinds, b.terms)
     start = calm(model) if b.start == "calm" else model.empty()
     result = explore(model, [start], depth=b.depth, goals=b.goals)
-    print(result)
+    print(f"{result}\n{model.beyond} writes of a term beyond {b.terms} were left out")
     return result
 
 
