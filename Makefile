@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check bench bench-fence bench-load fuzz test-vm sim clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-fence bench-load fuzz test-vm sim clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -57,6 +57,10 @@ test-vm: $(STAMP)
 SEEDS ?= 10000
 sim: $(STAMP)
 	SEEDS=$(SEEDS) $(BIN)/python -m pytest -n 2 tests/sim
+
+# Larger bounds of the exhaustive check than `make test` has (docs/checking.md).
+exhaustive: $(STAMP)
+	EXHAUSTIVE=large $(BIN)/python -m pytest -s tests/exhaustive $(PYTEST_ARGS)
 
 # Render the documents and scenario texts that tests hold equal to the code.
 rewrite: $(STAMP)

@@ -59,8 +59,10 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case Retiring(hand_over=hand_over):
             return replace(v, retiring=True, hand_over=hand_over)
         case RefreshDone(ok=ok):
-            v = replace(v, refreshing_until_ns=0, refreshed_ns=now_ns if ok else v.refreshed_ns)
-            return v if ok else replace(v, silent_from_ns=now_ns)
+            if ok:
+                return replace(v, refreshing_until_ns=0, refreshed_ns=now_ns)
+            # A store that is not connected fails at once: asked again without a pause, it would spin.
+            return replace(v, refreshing_until_ns=now_ns + register.RETRY_NS, silent_from_ns=now_ns)
         case WriteDone():
             if e.key == CLUSTER_STATE:
                 r, out = register.write_done(v.lead, e.attempt, e.outcome, e.revision, now_ns)

@@ -58,7 +58,7 @@ def test_broken_assumption_is_found(rules: Rules) -> None:
 
 def test_drift_beyond_the_margin_is_found() -> None:
     """I1 rests on bounded clock drift: beyond the margin the simulation must find two primaries."""
-    assert first_violation(Rules(), drift=0.8)
+    assert first_violation(Rules(), drift=0.95)
 
 
 if __name__ == "__main__":
