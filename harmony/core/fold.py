@@ -268,9 +268,12 @@ def _remembered(v: View, e: Remembered) -> View:
 
 
 def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
-    """An operator takes the store as it is. Who leads and renews keeps all; everybody else looks anew."""
+    """An operator takes the store as it is. Who writes and renews keeps all; everybody else looks anew.
+
+    So does who is promoting: its claim may be among what the store has lost, and another may found meanwhile.
+    """
     v = replace(v, distrust="", went_back_ns=0, may_found=e.create, kept=None)
-    if is_leading(v, me) and now_ns < v.lease_until_ns:
+    if v.state in WRITABLE_STATES and is_leading(v, me) and now_ns < v.lease_until_ns:
         return marked(replace(v, marks=Marks(lineage=v.lineage)))
     return replace(
         v,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from harmony.core.fold import fold
 from harmony.core.messages import (
     Accepted,
     ClusterSeen,
@@ -212,6 +213,19 @@ def test_an_acceptance_is_kept_on_disk_also_where_there_is_nothing_to_keep(creat
     assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks()]
     _, commands = step(v, [], ME, FAST, T0 + 2 * NS)
     assert not [c for c in commands if isinstance(c, Remember)]
+
+
+@pytest.mark.parametrize("state", [State.PROMOTING, State.LEADER])
+def test_acceptance_while_promoting_forgets_the_claim(state: State) -> None:
+    """I1: the store may have lost the claim, and another found meanwhile; only who writes already keeps all.
+
+    Seed 170 of the simulation: n3 activated its lost claim after the acceptance, beside the founder.
+    """
+    v = first(fencer(), seen(cluster(term=2, primary="n2", primary_fencer_id="id-n2"), 40))
+    v = msgspec.structs.replace(v, state=state, lease_until_ns=T0 + 9 * NS, distrust="made anew")
+    v = fold(v, Accepted(create=False), ME, FAST, T0 + NS)
+    assert not distrust(v)
+    assert (v.cluster is None, v.lease_until_ns == 0) == (state is State.PROMOTING, state is State.PROMOTING)
 
 
 def test_founding_anew_takes_an_operators_word() -> None:
