@@ -12,6 +12,8 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from harmony.core.messages import (
+    Checkpoint,
+    CheckpointDone,
     ClusterSeen,
     Command,
     ControlSeen,
@@ -191,6 +193,8 @@ class Moment:
                     if cluster
                     else _member_seen(self.store, self.name)
                 ]
+            case Checkpoint():
+                return [CheckpointDone()]
             case Refresh():
                 return [] if self.cut else read_all(self.store, self.name)
             case _:
