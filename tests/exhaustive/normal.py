@@ -82,7 +82,6 @@ def member(m: Member, t: Timing) -> Member:
         status=State.WATCHING,
         row="",
         why="",
-        entered=(0, ""),
         seen_revision=m.seen_revision if counts else 0,
         silent_ns=t.settle_ns if counts and m.silent_ns >= t.settle_ns else 0,
         generation="",
