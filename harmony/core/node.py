@@ -68,7 +68,7 @@ def step(
     r, out = register.tick(v.lead, now_ns)
     v = lead_outcome(replace(v, lead=r), out, t, now_ns)
     r, out = register.tick(v.own, now_ns)
-    v = own_outcome(replace(v, own=r), out, me, now_ns)
+    v = own_outcome(replace(v, own=r), out, me, t, now_ns)
     fit = preferred_fit(v, me, t, now_ns)
     v = replace(v, preferred_fit_ns=(v.preferred_fit_ns or now_ns) if fit else 0)
     o = observe(v, me, t, now_ns)

@@ -178,6 +178,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         marks=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept_ns=NOW,
+        own_back_ns=0,
         went_back_ns=past(v.went_back_ns, t.lease_ns / UNIT + 1),
         fencer=None,
         db=None,

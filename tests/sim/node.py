@@ -54,7 +54,6 @@ P = ParamSpec("P")
 SYSTEM = "sys"
 DISK_NS = NS // 10  # the longest that the agent's disk takes to keep its marks
 TALK_NS = NS // 100  # the longest that an order takes to the fencer
-STUCK = 12  # heartbeats that have failed in a row, with a store that answers
 STOP_EXTRA_NS = (
     2 * NS
 )  # over fence_timeout: how long the supervisor waits for an agent that was asked to stop
@@ -309,16 +308,6 @@ class Host:
         if self.running and (distrust(self.view) or self.view.cluster is None):
             self.world.say(f"{self.name} OPERATOR accepts the store{' and founds' if create else ''}")
             self.post(self.life, Accepted(create))
-
-    def restart_stuck_agent(self) -> None:
-        """An operator's way out when only member records were rolled back: no node distrusts the store then, none
-        can write its own record (register.py never takes a lower revision), and there is nothing to accept."""
-        if self.running and not distrust(self.view) and self.view.failures > STUCK:
-            self.world.say(
-                f"{self.name} OPERATOR restarts the agent: its heartbeats fail, and the store answers"
-            )
-            self.end_agent()
-            self.later(0, self.start_agent, self.life)
 
     # ------------------------------------------------------------ the agent's loop
 

@@ -149,7 +149,6 @@ class World:
             founder = able[0] if able else None
         for host in self.hosts.values():
             host.accept(create=host is founder)
-            host.restart_stuck_agent()
 
     def _heal(self) -> None:
         self.say("HEAL all faults are over; operators lift latches, look into changes and accept the store")
