@@ -25,12 +25,6 @@ from harmony.demo.cluster import NODES, Cluster, make_base
 from harmony.demo.recorder import Recorders
 
 
-def writes_at(recorders: Recorders, port: int, since_ns: int) -> int:
-    """Acknowledged by the node on this port since then."""
-    recorders.poll()
-    return sum(a.port == port and a.sent_ns >= since_ns for a in recorders.writer.acks)
-
-
 def switch(cluster: Cluster, to: str) -> None:
     """Raises RuntimeError with what harmonyctl said."""
     argv = [sys.executable, "-I", "-m", "harmony", "switchover", "--to", to]
@@ -71,7 +65,7 @@ def measured(preset: str, runs: int, dirty: int) -> list[float]:
             begun = boottime_ns()
             switch(cluster, to)
             until = time.monotonic() + 30
-            while writes_at(recorders, cluster.nodes[to].port, begun) < 50:
+            while recorders.acked_at(cluster.nodes[to].port, begun) < 50:
                 if time.monotonic() > until:
                     raise RuntimeError(f"{to} accepts no writes")
                 time.sleep(0.05)

@@ -177,19 +177,17 @@ def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, s
     """To whom leadership should be handed over, and why a switchover that was asked for cannot be."""
     if v.state not in WRITABLE_STATES:
         return None, ""
-    reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
-    fit = [n for n, why in reasons.items() if not why]
-    best = best_of([v.members[n] for n in fit])
     wish = asked(v)
-    if wish is not None:
-        to = wish.to or best
-        if to in fit:
+    if wish is not None or (v.retiring and v.hand_over):
+        reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
+        fit = [n for n, why in reasons.items() if not why]
+        best = best_of([v.members[n] for n in fit])
+        to = wish.to or best if wish is not None else best
+        if to in fit or wish is None:
             return to, ""
         if to is None:
             return None, "; ".join(reasons.values()) or "there is no other member"
         return None, reasons.get(to, f"{to} is {'leading already' if to == me.node else 'no member'}")
-    if v.retiring and v.hand_over:
-        return best, ""
     if me.policy.failback == "automatic" and not distrust(v) and not stopped(v, me):
         held = v.preferred_fit_ns and now_ns - v.preferred_fit_ns >= me.policy.failback_after_ns
         if held and now_ns >= v.handover_pause_until_ns:

@@ -50,9 +50,7 @@ class Running:
         )
 
     def acks_by(self, name: str, since_ns: int) -> int:
-        self.recorders.poll()
-        port = self.cluster.nodes[name].port
-        return sum(a.port == port and a.sent_ns >= since_ns for a in self.recorders.writer.acks)
+        return self.recorders.acked_at(self.cluster.nodes[name].port, since_ns)
 
     def record(self, name: str) -> ClusterState:
         reply = ask_status(self.cluster.nodes[name].folder / "run" / "agent" / "agent.sock", 2.0)

@@ -11,7 +11,7 @@ It never stores anything unconditionally, unless `Rules.store_checks_revision` i
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,17 @@ def _same(a: ClusterState | Member | Control, b: ClusterState | Member | Control
 
 def _leader(record: ClusterState | Member | Control) -> str | None:
     return record.primary if isinstance(record, ClusterState) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Of one agent: groups of keys, one after the other; `failed` is what it is told when no answer comes."""
+
+    host: Host
+    life: int
+    gives_up: int
+    failed: Event
+    keys: tuple[tuple[str, ...], ...]
 
 
 class Store:
@@ -259,74 +270,50 @@ class Store:
         return older[-1] if older else None
 
     def read(self, host: Host, r: Read) -> None:
-        self._ask(host, (r.key,), self._world.now + r.timeout_ns, (), ReadFailed(r.key))
+        self._ask(Question(host, host.life, self._world.now + r.timeout_ns, ReadFailed(r.key), ((r.key,),)))
 
     def refresh(self, host: Host, r: Refresh) -> None:
         """Own record, then cluster_state, then the others': one after the other, as the shell does."""
-        gives_up = self._world.now + r.timeout_ns
-        failed = RefreshDone(ok=False)
-        self._ask(host, (MEMBER_PREFIX + host.name,), gives_up, ((CLUSTER_STATE,), host.other_keys), failed)
+        keys = ((MEMBER_PREFIX + host.name,), (CLUSTER_STATE,), host.other_keys)
+        self._ask(Question(host, host.life, self._world.now + r.timeout_ns, RefreshDone(ok=False), keys))
 
-    def _ask(
-        self,
-        host: Host,
-        keys: tuple[str, ...],
-        gives_up: int,
-        then: tuple[tuple[str, ...], ...],
-        failed: Event,
-    ) -> None:
-        world = self._world
-        link = world.network.links[host.name]
-        if link.requests or (link.lost and host.rng.random() < link.lost):
-            world.at(max(0, gives_up - world.now), host.post, host.life, failed)
-            return
-        delay = world.network.delay(link, host.rng)
-        world.at(delay, self._asked, host, host.life, keys, gives_up, then, failed)
+    def _ask(self, q: Question) -> None:
+        link = self._world.network.links[q.host.name]
+        if link.requests or (link.lost and q.host.rng.random() < link.lost):
+            self._unanswered(q)
+        else:
+            self._world.at(self._world.network.delay(link, q.host.rng), self._asked, q)
 
-    def _asked(
-        self,
-        host: Host,
-        life: int,
-        keys: tuple[str, ...],
-        gives_up: int,
-        then: tuple[tuple[str, ...], ...],
-        failed: Event,
-    ) -> None:
-        if host.life != life:
-            return
-        world = self._world
-        link = world.network.links[host.name]
-        delay = world.network.delay(link, host.rng)
-        lost = self.down or link.answers or (link.acks_lost and host.rng.random() < link.acks_lost)
-        if lost or world.now + delay > gives_up:
-            world.at(max(0, gives_up - world.now), host.post, life, failed)
-            return
-        world.at(delay, self._answered, host, life, keys, gives_up, then, failed)
+    def _unanswered(self, q: Question) -> None:
+        self._world.at(max(0, q.gives_up - self._world.now), q.host.post, q.life, q.failed)
 
-    def _answered(
-        self,
-        host: Host,
-        life: int,
-        keys: tuple[str, ...],
-        gives_up: int,
-        then: tuple[tuple[str, ...], ...],
-        failed: Event,
-    ) -> None:
-        if host.life != life:
+    def _asked(self, q: Question) -> None:
+        if q.host.life != q.life:
+            return
+        link = self._world.network.links[q.host.name]
+        delay = self._world.network.delay(link, q.host.rng)
+        lost = self.down or link.answers or (link.acks_lost and q.host.rng.random() < link.acks_lost)
+        if lost or self._world.now + delay > q.gives_up:
+            self._unanswered(q)
+        else:
+            self._world.at(delay, self._answered, q)
+
+    def _answered(self, q: Question) -> None:
+        if q.host.life != q.life:
             return
         # Looked up only now: on one connection no answer comes after what was written later (as the watch has it).
-        periodic = isinstance(failed, RefreshDone)
-        for key in keys:
-            e = self.event(key, self._look_up(host, key), by_read=True)
-            known = host.view.cluster
+        periodic = isinstance(q.failed, RefreshDone)
+        for key in q.keys[0]:
+            e = self.event(key, self._look_up(q.host, key), by_read=True)
+            known = q.host.view.cluster
             news = isinstance(e, ClusterSeen) and (not known or not e.record or not _same(known, e.record))
-            host.post(life, e, quiet=periodic and not news)
+            q.host.post(q.life, e, quiet=periodic and not news)
         if not periodic:
             return
-        if then:
-            self._ask(host, then[0], gives_up, then[1:], failed)
+        if q.keys[1:]:
+            self._ask(replace(q, keys=q.keys[1:]))
         else:
-            host.post(life, RefreshDone(ok=True), quiet=True)
+            q.host.post(q.life, RefreshDone(ok=True), quiet=True)
 
     # ------------------------------------------------------------ operators
 
