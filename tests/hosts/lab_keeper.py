@@ -66,8 +66,10 @@ def make_disk(base: Path, name: str, megabytes: int) -> None:
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
     run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(image)])
-    (base / name / "disk").mkdir()
-    mount("-o", "loop", str(image), str(base / name / "disk"))
+    disk = base / name / "disk"
+    disk.mkdir()
+    mount("-o", "loop", str(image), str(disk))
+    (disk / "lost+found").rmdir()
 
 
 def main() -> None:

@@ -1,0 +1,116 @@
+"""Repeats put together: JSON as they were measured, a Markdown table of medians and worst, a plot. It computes no figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from bench.ha.repeat import Repeat
+
+Row = tuple[str, str, str, str]  # scenario, peer, preset, sync
+
+
+class Results(msgspec.Struct):
+    """A campaign's file."""
+
+    machine: dict[str, str]
+    repeats: list[Repeat]
+
+
+def save(results: Results, to: Path) -> None:
+    """Whole, at once: a campaign that is killed leaves the last good file."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    fresh = to.with_suffix(".new")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    fresh.replace(to)
+
+
+def load(source: Path) -> Results:
+    """Raises msgspec.ValidationError for another file."""
+    return msgspec.json.decode(source.read_bytes(), type=Results)
+
+
+def seconds(value: float | None) -> str:
+    """For people."""
+    return "never" if value is None else f"{value:.2f} s"
+
+
+def grouped(results: Results) -> dict[Row, list[Repeat]]:
+    """Repeats of the same thing, in the order of their first."""
+    found: dict[Row, list[Repeat]] = {}
+    for repeat in results.repeats:
+        o = repeat.options
+        peer = o.peer + (" (failsafe)" if o.failsafe else "")
+        found.setdefault((repeat.scenario, peer, o.preset, o.sync), []).append(repeat)
+    return found
+
+
+def cell(values: list[float | None]) -> str:
+    """Median and worst; those that never came are counted."""
+    came = sorted(v for v in values if v is not None)
+    if not came:
+        return "–"
+    missed = f", {len(values) - len(came)} never" if len(came) < len(values) else ""
+    if len(came) == 1:
+        return f"{came[0]:.2f}{missed}"
+    return f"{statistics.median(came):.2f} ({came[-1]:.2f}{missed})"
+
+
+def markdown(results: Results) -> str:
+    """One line for each scenario, peer, preset and mode: seconds as median (worst), rows as sums."""
+    lines = [
+        "| scenario | peer | preset, sync | runs | outage, s | old primary stops, s | new one writes, s | "
+        "two acknowledge, s | rows lost: client, local | rejoins, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (scenario, peer, preset, sync), repeats in grouped(results).items():
+        found = [r.figures for r in repeats if r.figures is not None]
+        broken = sum(1 for r in repeats if r.error)
+        runs = f"{len(repeats)}" + (f" ({broken} failed)" if broken else "")
+        overlap = max((f.overlap_s for f in found), default=0.0)
+        lines.append(
+            f"| {scenario} | {peer} | {preset}, {sync} | {runs} | {cell([f.outage_s for f in found])} "
+            f"| {cell([f.old_stopped_s for f in found])} | {cell([f.new_first_s for f in found])} "
+            f"| {overlap:.2f} ({sum(f.late_rows for f in found)} rows) "
+            f"| {sum(f.lost_client for f in found)}, {sum(f.lost_local for f in found)} "
+            f"| {cell([r.rejoin_s for r in repeats if r.figures is not None])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, to: Path) -> None:
+    """Outages by scenario: each repeat a dot, the median a bar. Needs matplotlib (the extra `bench`)."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = grouped(results)
+    scenarios = list(dict.fromkeys(row[0] for row in rows))
+    series = list(dict.fromkeys(row[1:] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.35 * len(scenarios) * len(series)))
+    height = 0.8 / len(series)
+    for place, one in enumerate(series):
+        color = f"C{place}"
+        for at, scenario in enumerate(scenarios):
+            outages = _outages(rows.get((scenario, *one), []))
+            y = at + (place - (len(series) - 1) / 2) * height
+            if outages:
+                axes.barh(y, statistics.median(outages), height * 0.9, color=color, alpha=0.5)
+                axes.plot(outages, [y] * len(outages), ".", color=color)
+        axes.barh([0], [0], color=color, alpha=0.5, label=", ".join(one))
+    axes.set_yticks(range(len(scenarios)), scenarios)
+    axes.invert_yaxis()
+    axes.set_xlabel("the client could not write, s")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(to)
+
+
+def _outages(repeats: list[Repeat]) -> list[float]:
+    return [r.figures.outage_s for r in repeats if r.figures is not None and r.figures.outage_s is not None]
+
+
