@@ -18,8 +18,6 @@ import platform
 import sys
 from pathlib import Path
 
-import msgspec
-
 from bench.ha import report
 from bench.ha.harmony import installed
 from bench.ha.patroni import programs
@@ -51,7 +49,14 @@ def described(repeat: Repeat) -> str:
 
 def machine(peers: list[str]) -> dict[str, str]:
     """Where and with what it is measured."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": str(os.cpu_count()),
@@ -65,13 +70,17 @@ def machine(peers: list[str]) -> dict[str, str]:
 def campaign(given: argparse.Namespace) -> int:
     """All repeats, one after the other; the number that failed."""
     peers = ["harmony", "patroni"] if given.peer == "both" else [given.peer]
-    results = report.load(given.out) if given.out.exists() and given.append else report.Results(machine(peers), [])
+    results = (
+        report.load(given.out) if given.out.exists() and given.append else report.Results(machine(peers), [])
+    )
     failed = 0
     limits = Limits(given.rejoin_limit, given.store_down)
     for scenario in given.scenario or list(SCENARIOS):
         for number in range(1, given.runs + 1):
             for peer in peers:
-                options = Options(peer, given.preset, given.sync, given.stores, given.failsafe and peer == "patroni")
+                options = Options(
+                    peer, given.preset, given.sync, given.stores, given.failsafe and peer == "patroni"
+                )
                 say(f"{scenario} {number}/{given.runs} {peer} {given.preset} sync {given.sync}")
                 repeat = carry_out(scenario, options, limits, say)
                 say(f"    {described(repeat)}")
@@ -98,7 +107,9 @@ def missing(given: argparse.Namespace) -> str | None:
 
 def main() -> None:
     """Measure, or report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=["harmony", "patroni", "both"], default="harmony")
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS))
     parser.add_argument("--runs", type=int, default=1)
@@ -106,7 +117,9 @@ def main() -> None:
     parser.add_argument("--sync", choices=["on", "off", "quorum"], default="on")
     parser.add_argument("--stores", type=int, choices=[1, 3], default=1)
     parser.add_argument("--failsafe", action="store_true", help="Patroni's failsafe_mode")
-    parser.add_argument("--store-down", type=float, default=None, metavar="S", help="shorten the 60 s of store-down")
+    parser.add_argument(
+        "--store-down", type=float, default=None, metavar="S", help="shorten the 60 s of store-down"
+    )
     parser.add_argument("--rejoin-limit", type=float, default=30.0, metavar="S")
     parser.add_argument("--out", type=Path, default=Path("build/bench/failover.json"))
     parser.add_argument("--append", action="store_true", help="add to what --out has")

@@ -47,7 +47,15 @@ def installed() -> Path:
     packages = place / "lib" / version / "site-packages"
     # What Harmony depends on comes from the environment that runs the bench; Harmony itself must not.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(place / "bin" / "python")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--python",
+        str(place / "bin" / "python"),
+    ]
     options = ["install", "--no-deps", "--no-index", "--ignore-installed", "--no-cache-dir"]
     subprocess.run([*pip, *options, str(wheel())], check=True)
     return place / "bin"
@@ -118,7 +126,9 @@ class Harmony:
 
     def start_host(self, name: str) -> None:
         host = self._lab.hosts[name]
-        shutil.rmtree(host.folder / "run", ignore_errors=True)  # /run is a tmpfs: it does not outlive a power cut
+        shutil.rmtree(
+            host.folder / "run", ignore_errors=True
+        )  # /run is a tmpfs: it does not outlive a power cut
         for folder, mode in (("run", 0o755), ("state", 0o711)):
             (host.folder / folder).mkdir(exist_ok=True)
             (host.folder / folder).chmod(mode)
@@ -146,7 +156,7 @@ class Harmony:
     def restart_agent(self, name: str) -> None:
         """Nothing: its supervisor has."""
 
-    def switch_over(self, old: str, new: str) -> None:
+    def switch_over(self, _old: str, new: str) -> None:
         argv = [str(self._bin / "harmonyctl"), "switchover", "--to", new]
         host = self._lab.hosts[new]
         host.run([*argv, "--config", str(host.folder / "harmony.toml")], timeout=120)
@@ -166,8 +176,15 @@ class Harmony:
         return self._lab.hosts[self._stores[0]].in_net(ask)
 
     def versions(self) -> dict[str, str]:
-        nats = subprocess.run([str(self._parts.nats_server), "--version"], capture_output=True, text=True, check=True)
-        head = subprocess.run(["git", "-C", str(TOP), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        nats = subprocess.run(
+            [str(self._parts.nats_server), "--version"], capture_output=True, text=True, check=True
+        )
+        head = subprocess.run(
+            ["git", "-C", str(TOP), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return {
             "harmony": head.stdout.strip() or wheel().name,
             "nats-server": ".".join(map(str, version_of(nats.stdout))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,7 +70,7 @@ class Peer(Protocol):
     def restart_agent(self, name: str) -> None:
         """What an operator does where nothing restarts a dead agent by itself."""
 
-    def switch_over(self, old: str, new: str) -> None:
+    def switch_over(self, old: str, new: str, /) -> None:
         """A planned change, by the peer's own command."""
 
     def store_leader(self) -> str:
@@ -105,15 +106,13 @@ def make_databases(lab: Lab, parts: Parts) -> None:
         "more": MORE,
         "user": user,
     }
-    ready = "for folder in \"$@\"; do chmod 755 \"$folder\"; mkdir -p \"$folder/sock\"; chown \"$0\": \"$folder/sock\"; done"
+    ready = 'for folder in "$@"; do chmod 755 "$folder"; mkdir -p "$folder/sock"; chown "$0": "$folder/sock"; done'
     first.run(["sh", "-c", ready, user or "root", *folders.values()])
     first.run([sys.executable, "-I", "-c", MAKE_DATABASES, json.dumps(asked)], timeout=120)
 
 
 def own(paths: Iterable[Path], user: str) -> None:
     """Give folders to a user, made where they are missing."""
-    import shutil
-
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
         shutil.chown(path, user, user)

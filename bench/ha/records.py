@@ -12,7 +12,9 @@ from itertools import pairwise
 import msgspec
 
 NS = 1_000_000_000
-SILENCE_NS = NS // 2  # a host that acknowledged nothing for longer is not taken to have been writable in between
+SILENCE_NS = (
+    NS // 2
+)  # a host that acknowledged nothing for longer is not taken to have been writable in between
 
 
 class Ack(msgspec.Struct, frozen=True):
@@ -27,8 +29,12 @@ class Ack(msgspec.Struct, frozen=True):
 class Figures(msgspec.Struct, frozen=True):
     """One repeat. Seconds from the fault, None where it did not happen; counts of rows."""
 
-    outage_s: float | None  # the client's longest pause that ended after the fault; None: it never wrote again
-    old_stopped_s: float | None  # the old primary's last acknowledgement; None: it stayed, or came back, as primary
+    outage_s: (
+        float | None
+    )  # the client's longest pause that ended after the fault; None: it never wrote again
+    old_stopped_s: (
+        float | None
+    )  # the old primary's last acknowledgement; None: it stayed, or came back, as primary
     new_first_s: float | None  # the first acknowledgement by another host; None: the primary was not replaced
     overlap_s: float  # two hosts acknowledged local writes
     late_rows: int  # acknowledged by the old primary after the new one's first acknowledgement
@@ -55,7 +61,7 @@ def outage_s(client: Sequence[Ack], fault_ns: int) -> float | None:
 
 
 def intervals(acks: Iterable[Ack]) -> list[tuple[int, int]]:
-    """When a host acknowledged: from acknowledgement to acknowledgement, broken by silence. A lone one has no length."""
+    """When a host acknowledged: from one to the next, broken by silence. A lone one has no length."""
     found: list[tuple[int, int]] = []
     for at in sorted(ack.acked_ns for ack in acks):
         if found and at - found[-1][1] <= SILENCE_NS:
@@ -68,7 +74,12 @@ def intervals(acks: Iterable[Ack]) -> list[tuple[int, int]]:
 def overlap_s(hosts: Mapping[str, Iterable[Ack]]) -> float:
     """Seconds in which two or more hosts were inside one of their intervals."""
     edges = sorted(
-        (edge for acks in hosts.values() for span in intervals(acks) for edge in ((span[0], 1), (span[1], -1))),
+        (
+            edge
+            for acks in hosts.values()
+            for span in intervals(acks)
+            for edge in ((span[0], 1), (span[1], -1))
+        ),
         key=lambda edge: (edge[0], -edge[1]),
     )
     total = inside = previous = 0
@@ -106,7 +117,9 @@ def figures(
         old_stopped_s=(stopped_ns - fault_ns) / NS if last != old else None,
         new_first_s=(new_ns - fault_ns) / NS if new_ns is not None else None,
         overlap_s=overlap_s(local),
-        late_rows=sum(new_ns is not None and last != old and a.host == old and a.acked_ns > new_ns for a in after),
+        late_rows=sum(
+            new_ns is not None and last != old and a.host == old and a.acked_ns > new_ns for a in after
+        ),
         acknowledged=len(everything),
         lost_client=len(lost(client, there)),
         lost_local=sum(len(lost(acks, there)) for acks in local.values()),

@@ -25,7 +25,9 @@ class Repeat(msgspec.Struct, frozen=True):
     options: Options
     figures: Figures | None
     fault_lasted_s: float
-    rejoin_s: float | None  # the host that was hit streams (or leads) again, after the fault was undone; None: not in time
+    rejoin_s: (
+        float | None
+    )  # after the fault was undone the host that was hit has new rows again; None: not in time
     rejoin_limit_s: float
     final_primary: str
     load: tuple[float, float, float]
@@ -48,10 +50,22 @@ def carry_out(scenario: str, options: Options, limits: Limits, say: Callable[[st
         with Stage(wanted, disks=what.disks, say=say) as stage:
             return _play(stage, scenario, what, limits, load)
     except (HostError, OSError) as error:
-        return Repeat(scenario, wanted, None, 0.0, None, limits.rejoin_s, "", load, f"{type(error).__name__}: {error}"[:2000])
+        return Repeat(
+            scenario,
+            wanted,
+            None,
+            0.0,
+            None,
+            limits.rejoin_s,
+            "",
+            load,
+            f"{type(error).__name__}: {error}"[:2000],
+        )
 
 
-def _play(stage: Stage, name: str, what: Scenario, limits: Limits, load: tuple[float, float, float]) -> Repeat:
+def _play(
+    stage: Stage, name: str, what: Scenario, limits: Limits, load: tuple[float, float, float]
+) -> Repeat:
     state = stage.state()
     if state is None:
         raise HostError("nobody is the primary just before the fault")
@@ -61,7 +75,7 @@ def _play(stage: Stage, name: str, what: Scenario, limits: Limits, load: tuple[f
     _last(act, what, fault_ns, limits)
     healed_ns = stage.now_ns()
     what.heal(act)
-    rejoined = stage.comes(lambda: stage.streams(act.victim), limits.rejoin_s)
+    rejoined = stage.comes(lambda: stage.has_what_was_written_since(act.victim, healed_ns), limits.rejoin_s)
     rejoin_s = (stage.now_ns() - healed_ns) / NS if rejoined else None
     wrote = stage.comes(lambda: stage.client_wrote_since(healed_ns), RECOVER_TIMEOUT_S)
     final = _final(stage)
@@ -83,7 +97,11 @@ def _last(act: Act, what: Scenario, fault_ns: int, limits: Limits) -> None:
     """Let the fault last as long as the scenario says."""
     stage = act.stage
     keep = what.keep or (lambda _act: None)
-    fixed = limits.store_down_s if act.store == "" and what.lasts_s == 60.0 and limits.store_down_s else what.lasts_s
+    fixed = (
+        limits.store_down_s
+        if act.store == "" and what.lasts_s == 60.0 and limits.store_down_s
+        else what.lasts_s
+    )
     until = time.monotonic() + (fixed if fixed is not None else stage.peer.takeover_s)
     seen = fixed is not None
     while time.monotonic() < until:

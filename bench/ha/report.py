@@ -1,9 +1,8 @@
-"""Repeats put together: JSON as they were measured, a Markdown table of medians and worst, a plot. It computes no figure."""
+"""Repeats put together: JSON as they were measured, a table of medians and worst, a plot. It computes no figure."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,6 +10,20 @@ import msgspec
 from bench.ha.repeat import Repeat
 
 Row = tuple[str, str, str, str]  # scenario, peer, preset, sync
+
+
+COLUMNS = (
+    "scenario",
+    "peer",
+    "preset, sync",
+    "runs",
+    "outage, s",
+    "old stops, s",
+    "new writes, s",
+    "two acknowledge, s",
+    "rows lost: client, local",
+    "rejoins, s",
+)
 
 
 class Results(msgspec.Struct):
@@ -61,11 +74,7 @@ def cell(values: list[float | None]) -> str:
 
 def markdown(results: Results) -> str:
     """One line for each scenario, peer, preset and mode: seconds as median (worst), rows as sums."""
-    lines = [
-        "| scenario | peer | preset, sync | runs | outage, s | old primary stops, s | new one writes, s | "
-        "two acknowledge, s | rows lost: client, local | rejoins, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for (scenario, peer, preset, sync), repeats in grouped(results).items():
         found = [r.figures for r in repeats if r.figures is not None]
         broken = sum(1 for r in repeats if r.error)
@@ -83,10 +92,10 @@ def markdown(results: Results) -> str:
 
 def plot(results: Results, to: Path) -> None:
     """Outages by scenario: each repeat a dot, the median a bar. Needs matplotlib (the extra `bench`)."""
-    import matplotlib as mpl
+    import matplotlib as mpl  # noqa: PLC0415 (an extra: only plots need it)
 
     mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # noqa: PLC0415
 
     rows = grouped(results)
     scenarios = list(dict.fromkeys(row[0] for row in rows))
@@ -112,5 +121,3 @@ def plot(results: Results, to: Path) -> None:
 
 def _outages(repeats: list[Repeat]) -> list[float]:
     return [r.figures.outage_s for r in repeats if r.figures is not None and r.figures.outage_s is not None]
-
-

@@ -198,7 +198,11 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "switchover": Scenario("a planned change, by the peer's own command", switch_over, nothing),
     "standby-lost": Scenario(
-        "the host of a synchronous standby loses its power", lose_standby, boot_host, lasts_s=30.0, replaces=False
+        "the host of a synchronous standby loses its power",
+        lose_standby,
+        boot_host,
+        lasts_s=30.0,
+        replaces=False,
     ),
     "disk-stalled": Scenario(
         f"the primary's disk hangs for {STALL_S:g} s: writers to it wait and cannot be killed",

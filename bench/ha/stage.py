@@ -1,8 +1,9 @@
-"""A cluster of a peer in a lab with its writers: what scenarios act on. It asks PostgreSQL for roles and rows, no peer."""
+"""A cluster of a peer in a lab with its writers: what scenarios act on. Roles and rows it asks of PostgreSQL only."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -84,14 +85,15 @@ class Stage:
         self.lab = Lab(names(options), disks=dict.fromkeys(DATABASES, 1500) if disks else None)
         (self.lab.base / "parts").mkdir(mode=0o755)
         self.parts = find_parts(self.lab.base / "parts")
-        self.peer: Peer = {"harmony": Harmony, "patroni": Patroni}[options.peer](self.lab, self.parts, options)
+        made = Harmony if options.peer == "harmony" else Patroni
+        self.peer: Peer = made(self.lab, self.parts, options)
         self.client: Recorder | None = None
         self.local: dict[str, Recorder] = {}
 
     def __enter__(self) -> Self:
         try:
             self.peer.start()
-            self.wait_until(lambda: self.replicating(), "three nodes that replicate", READY_TIMEOUT_S)
+            self.wait_until(self.replicating, "three nodes that replicate", READY_TIMEOUT_S)
             state = self.state()
             assert state is not None
             self.execute(state.primary, SCHEMA)
@@ -122,8 +124,6 @@ class Stage:
 
     def keep_logs(self) -> None:
         """Where a repeat went wrong its logs are worth more than the space they take."""
-        import shutil
-
         kept = self.lab.base.with_name(self.lab.base.name.replace("harmony-lab", "harmony-bench-logs"))
         for name in [*self.lab.hosts, "outside"]:
             (kept / name).mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,17 @@ class Stage:
 
     def _writer(self, host: Light, conninfo: str, first: int, options: list[str]) -> Recorder:
         out = self.lab.base / "outside" / f"{host.name}.txt"
-        argv = [sys.executable, "-m", "bench.ha.client", "--out", str(out), "--first", str(first), *options, conninfo]
+        argv = [
+            sys.executable,
+            "-m",
+            "bench.ha.client",
+            "--out",
+            str(out),
+            "--first",
+            str(first),
+            *options,
+            conninfo,
+        ]
         return Recorder(host.start(argv, out.with_suffix(".log"), outside=True), out)
 
     def named(self, acks: list[Ack]) -> list[Ack]:
@@ -175,7 +185,9 @@ class Stage:
 
     def _ask(self, name: str, statement: str) -> list[tuple[object, ...]]:
         address = self.lab.hosts[name].address
-        conninfo = f"host={address} port={PORT} user={SUPERUSER} dbname=postgres sslmode=disable connect_timeout=2"
+        conninfo = (
+            f"host={address} port={PORT} user={SUPERUSER} dbname=postgres sslmode=disable connect_timeout=2"
+        )
         conninfo += " options='-c statement_timeout=5s'"
 
         def do() -> list[tuple[object, ...]]:
@@ -190,7 +202,7 @@ class Stage:
         self._ask(name, statement)
 
     def state(self) -> State | None:
-        """Of the host that says it is the primary (the one with most standbys, should two say so); None: nobody does."""
+        """Of the host that says it is the primary (with most standbys, should two say so); None: nobody does."""
         by_address = {host.address: name for name, host in self.lab.hosts.items()}
         best: State | None = None
         for name in DATABASES:
@@ -215,10 +227,16 @@ class Stage:
             return False
         return self.options.sync == "off" or bool(state.synchronous)
 
-    def streams(self, name: str) -> bool:
-        """This host streams from the primary (or is it)."""
-        state = self.state()
-        return state is not None and (name in state.streaming or name == state.primary)
+    def has_what_was_written_since(self, name: str, since_ns: int) -> bool:
+        """A row that the client sent after `since_ns` can be read on this host. (`streaming` alone comes and goes.)"""
+        assert self.client is not None
+        late = next((ack for ack in self.client.poll()[-1000:] if ack.sent_ns > since_ns), None)
+        if late is None:
+            return False
+        try:
+            return bool(self._ask(name, f"SELECT 1 FROM bench WHERE id = {late.id}"))  # noqa: S608 (a number)
+        except psycopg.Error:
+            return False
 
     def stored(self, name: str) -> set[int]:
         """All rows of the table, at one host."""

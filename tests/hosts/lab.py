@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+import msgspec
+
 from tests.hosts import cgroups, processes
 from tests.hosts.host import PATH, HostError
 from tests.hosts.processes import Process
@@ -45,6 +47,13 @@ NEEDED = {
     "bridge": "iproute2",
 }
 Answer = TypeVar("Answer")
+
+
+class Held(msgspec.Struct, frozen=True):
+    """The keeper's answer: pids of those who hold a network namespace each."""
+
+    switch: int
+    hosts: dict[str, int]
 
 
 def why_not() -> str | None:
@@ -108,7 +117,13 @@ class Light:
         full = self._argv(argv, self.cgroup, user, environment)
         try:
             done = subprocess.run(
-                full, capture_output=True, text=True, check=False, timeout=timeout, cwd="/", stdin=-3
+                full,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
             raise HostError(f"{self.name}: {argv[0]}: not done within {timeout:g} s") from None
@@ -253,7 +268,15 @@ class Lab:
             "hosts": addresses,
             "disks": dict(disks or {}),
         }
-        argv = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.hosts.lab_keeper"]
+        argv = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            sys.executable,
+            "-m",
+            "tests.hosts.lab_keeper",
+        ]
         self._keeper: subprocess.Popen[bytes] = subprocess.Popen(
             [*argv, json.dumps(asked)],
             stdin=subprocess.PIPE,
@@ -267,11 +290,10 @@ class Lab:
         except BaseException:
             self.close()
             raise
-        self.switch: int = held["switch"]
-        pids: dict[str, int] = held["hosts"]
-        self.hosts = {name: Light(self, name, addresses[name], pids[name]) for name in names}
+        self.switch = held.switch
+        self.hosts = {name: Light(self, name, addresses[name], held.hosts[name]) for name in names}
 
-    def _answer(self) -> dict[str, int | dict[str, int]]:
+    def _answer(self) -> Held:
         assert self._keeper.stdout is not None
         assert self._keeper.stderr is not None
         ready, _, _ = select.select([self._keeper.stdout], [], [], READY_TIMEOUT_S)
@@ -280,13 +302,24 @@ class Lab:
             ended = bool(ready) or self._keeper.poll() is not None
             said = self._keeper.stderr.read().decode() if ended else "(nothing)"
             raise HostError(f"no lab: its keeper said {said}")
-        answer: dict[str, int | dict[str, int]] = json.loads(line)
-        return answer
+        return msgspec.json.decode(line, type=Held)
 
     def bridge(self, port: str, state: str) -> None:
         """Set the state of a port of the switch: disabled, forwarding."""
         number = {"disabled": "0", "forwarding": "3"}[state]
-        argv = ["nsenter", "-t", str(self.switch), "-n", "bridge", "link", "set", "dev", port, "state", number]
+        argv = [
+            "nsenter",
+            "-t",
+            str(self.switch),
+            "-n",
+            "bridge",
+            "link",
+            "set",
+            "dev",
+            port,
+            "state",
+            number,
+        ]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=10)
         if done.returncode != 0:
             raise HostError(f"bridge {port} {state}: {done.stderr.strip()}")
