@@ -33,11 +33,15 @@ SYNC: dict[str, bool | str] = {"on": True, "off": False, "quorum": "quorum"}
 def programs() -> tuple[Path, Path]:
     """(Patroni's virtual environment's bin, etcd). Raises HostError with how to get what is missing."""
     place = Path(os.environ.get(VENV) or TOP / "build" / "bench" / "patroni") / "bin"
-    etcd = shutil.which("etcd")
+    etcd = shutil.which(
+        "etcd", path=f"{os.environ['PATH']}:{TOP / 'build' / 'bench' / 'etcd' / 'usr' / 'bin'}"
+    )
     if not (place / "patroni").exists():
         raise HostError(f"no Patroni in {place}: make bench-failover installs it, or name another in {VENV}")
     if etcd is None:
-        raise HostError("no etcd on the PATH: apt-get install etcd-server")
+        raise HostError(
+            "no etcd on the PATH: make bench-failover gets Debian's, or apt-get install etcd-server"
+        )
     return place, Path(etcd)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import sys
 from collections.abc import Iterable
@@ -115,4 +116,4 @@ def own(paths: Iterable[Path], user: str) -> None:
     """Give folders to a user, made where they are missing."""
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
-        shutil.chown(path, user, user)
+        shutil.chown(path, user, pwd.getpwnam(user).pw_gid)

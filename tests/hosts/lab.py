@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import pwd
 import secrets
 import select
 import shutil
@@ -95,7 +96,7 @@ class Light:
         """Start a program in the host; `outside`: in its network only, unmoved by power cuts and freezes."""
         cgroup = self._lab.cgroup / "outside" if outside else self.cgroup
         with log.open("ab") as out:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._argv(argv, cgroup, user, environment),
                 stdin=stdin,
                 stdout=out,
@@ -103,6 +104,8 @@ class Light:
                 cwd=TOP if outside else "/",
                 start_new_session=True,
             )
+        self._lab.started.append(process)
+        return process
 
     def run(
         self,
@@ -137,7 +140,8 @@ class Light:
     ) -> list[str]:
         settings = [f"{key}={value}" for key, value in (environment or {}).items()]
         clean = ["env", "-i", f"PATH={PATH}", "HOME=/", "LANG=C.UTF-8", *settings]
-        as_user = ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "--"] if user else []
+        group = str(pwd.getpwnam(user).pw_gid) if user else ""
+        as_user = ["setpriv", "--reuid", user, "--regid", group, "--init-groups", "--"] if user else []
         join = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
         enter = ["nsenter", "-t", str(self.holder), "-m", "-n", "--"]
         return ["sh", "-c", join, str(cgroup), *enter, *clean, *as_user, *argv]
@@ -200,14 +204,19 @@ class Light:
 
     def heal(self) -> None:
         """The plain cable again."""
+        self.forget_relay()
+        self._lab.bridge(self._port, "forwarding")
+
+    def forget_relay(self) -> None:
+        """End the cable's faults; the lab's end does so, too."""
         if self._relay is not None:
             assert self._relay.stdin is not None
             assert self._relay.stdout is not None
-            self._relay.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._relay.stdin.close()
             self._relay.wait(10)
             self._relay.stdout.close()
             self._relay = None
-        self._lab.bridge(self._port, "forwarding")
 
     @property
     def _port(self) -> str:
@@ -256,6 +265,8 @@ class Lab:
     def __init__(self, names: Sequence[str], *, disks: Mapping[str, int] | None = None) -> None:
         top = cgroups.mount_point()
         assert top is not None
+        self.hosts: dict[str, Light] = {}
+        self.started: list[subprocess.Popen[bytes]] = []
         token = secrets.token_hex(4)
         self.base = Path(tempfile.mkdtemp(prefix=f"harmony-lab-{token}-", dir="/tmp"))
         self.base.chmod(0o755)
@@ -335,6 +346,10 @@ class Lab:
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()
+        for process in self.started:
+            process.wait(5)
+        for host in self.hosts.values():
+            host.forget_relay()
         left = [str(path) for path in (self.cgroup, self.base) if path.exists()]
         if left:
             raise HostError(f"the lab left behind: {', '.join(left)}")
