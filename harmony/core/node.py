@@ -20,6 +20,7 @@ from harmony.core.messages import (
     Gen,
     Log,
     Order,
+    OrderOp,
     Read,
     Refresh,
     Remember,
@@ -27,7 +28,7 @@ from harmony.core.messages import (
     Stop,
     Write,
 )
-from harmony.core.observe import asked, confirms, observe, preferred_fit
+from harmony.core.observe import asked, barred, confirms, observe, preferred_fit
 from harmony.core.register import Attempt
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.table import Action, Decision, Observation, decide
@@ -153,7 +154,9 @@ def _act(
             refused = (v.request, d.why[:500]) if v.request else v.refused
             pause = now_ns + HANDOVER_PAUSES * t.failover_ns
             v = replace(v, refused=refused, handover_pause_until_ns=pause)
-            return replace(v, successor=None, request="", checkpoint="", lead_sent_ns=0)
+            # Who is stopped waits for one successor, not for one after the other.
+            again = v.hand_over and not (v.retiring and o.successor_fit)
+            return replace(v, successor=None, request="", checkpoint="", lead_sent_ns=0, hand_over=again)
         case "refuse":
             wish = asked(v)
             return replace(v, refused=(wish.id, d.why[:500]) if wish is not None else v.refused)
@@ -163,13 +166,10 @@ def _act(
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
         case "fence" | "demote" | "activate" | "follow":
-            generation = _next_generation(v)
             op = "fence" if action == "demote" else action
-            order = Order(op=op, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
-            if action == "demote":
-                order = replace(order, clean=True)
-            if action == "follow":
-                order = replace(order, primary=target(v, me))
+            primary, clean = target(v, me) if action == "follow" else None, action == "demote"
+            sent = SentOrder(_generation(v, op, primary, clean=clean), op, now_ns, "", primary, clean)
+            order = Order(op, sent.generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean)
             if action == "activate" and v.cluster is not None:
                 order = replace(
                     order,
@@ -178,13 +178,24 @@ def _act(
                     sync_voters=v.cluster.sync_voters,
                 )
             commands.append(order)
-            return replace(v, order=SentOrder(generation, op, now_ns), db=None)
+            return replace(v, order=sent, db=None)
 
 
-def _next_generation(v: View) -> Gen:
+def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool) -> Gen:
+    """The number of an order: the next one, or that of the same order which the fencer has not taken yet.
+
+    With a higher number each time, a fencer whose disk is slow to keep what it accepts would always be one
+    order behind, and no fence of it would ever count as proven.
+    """
     term, order = highest(v)
     cluster_term = v.cluster.term if v.cluster is not None else 0
-    return (cluster_term, 1) if cluster_term > term else (term, order + 1)
+    if cluster_term > term:
+        return (cluster_term, 1)
+    o, f = v.order, v.fencer
+    untaken = o is not None and not o.refused and f is not None and f.highest < o.generation
+    if o is not None and untaken and (o.op, o.primary, o.clean) == (op, primary, clean):
+        return o.generation
+    return (term, order + 1)
 
 
 def _renew(v: View, me: Identity, commands: list[Command]) -> View:
@@ -345,4 +356,5 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         confirms=confirms(v, me, t, now_ns),
         distrust=distrust(v),
         retiring=v.retiring,
+        barred=barred(v, me, t, now_ns) != "",
     )

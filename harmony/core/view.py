@@ -80,6 +80,8 @@ class SentOrder(msgspec.Struct, frozen=True):
     op: OrderOp
     sent_ns: int
     refused: str = ""
+    primary: str | None = None
+    clean: bool = False
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]

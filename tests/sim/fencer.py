@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Host
 
 CLEAN_SHARE = 0.5
-DISK_NS = 400_000_000  # the longest that its disk takes
+DISK_NS = 400_000_000  # the longest that its disk takes where it is not slow
 RESTART_SHARE = 0.6  # of fence_timeout: how long a dead fencer takes to be there again
 
 
@@ -224,9 +224,8 @@ class Fencer:
         if isinstance(request, protocol.OperatorFence):
             self.latched = True
         self.accepting = record
-        # Below what the core waits for an order to be taken (ORDER_LOST_NS): a slower disk is no livelock of ours.
         disk_ns = int(min(DISK_NS, self.t.stop_ns * 0.1) * self.host.rng.random() ** 2)
-        self.host.later(disk_ns, self._accepted, self.life, record, request)
+        self.host.later(disk_ns + self.host.disk_ns, self._accepted, self.life, record, request)
 
     def _keep(self, record: OrderRecord) -> None:
         self.kept_highest, self.kept_order = record.generation, record

@@ -74,6 +74,7 @@ class Host:
         self.paused = 0  # faults: nothing of it runs
         self.backlog: list[Callable[[], None]] = []
         self.slow = 1.0
+        self.disk_ns = 0  # faults: what the fencer's disk takes longer
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
         self.probe_silent = 0
