@@ -46,6 +46,7 @@ from harmony_fencer.protocol import (
     SyncRule,
     Unfence,
 )
+from harmony_fencer.timelines import TimelineTakenError
 from harmony_fencer.watchdog import Policy, WatchdogError
 
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
@@ -402,12 +403,14 @@ class Fencer:
                     raise PostgresError(
                         "before the promotion the lease was over, or an operator fenced this node"
                     )
-                await self._engine.promote()
+                await self._engine.promote(request.timeline)
             timeline = self._engine.timeline()
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
             self._engine.halt()
             self._drop_lease()
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
+            taken = e.timeline if isinstance(e, TimelineTakenError) else None
+            failed = msgspec.structs.replace(record, state="failed", detail=explain(e), timeline=taken)
+            await self._finish(failed, began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
         self._running = True

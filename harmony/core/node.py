@@ -41,6 +41,7 @@ from harmony.core.view import (
     distrust,
     highest,
     is_leading,
+    next_timeline,
     silence_ns,
     target,
 )
@@ -107,7 +108,7 @@ def _apply(
     if d.next is not v.state or (row, why) != (v.row, v.why):
         commands.append(Log(str(row), v.state, d.next, why if d.row else f"nothing else any more; {why}"))
     if d.next is not v.state:
-        v = replace(v, successes=0)
+        v = replace(v, successes=0, reserved=0)
         if d.next in {State.HEALTHY, State.LEADER}:
             f = v.fencer
             resumed = v.lease_until_ns == 0 and f is not None and f.lease_deadline_ns is not None
@@ -164,6 +165,7 @@ def _act(
             # Whatever exchange runs gives way; should its write land, this one's revision is refused.
             revision = v.revision if action != "create" else 0
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
+            v = replace(v, reserving=next_timeline(v) if action == "claim" else 0, reserved=0)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
         case "fence" | "demote" | "activate" | "follow":
             op = "fence" if action == "demote" else action
@@ -173,10 +175,12 @@ def _act(
             if action == "activate" and v.cluster is not None:
                 order = replace(
                     order,
+                    timeline=v.reserved,
                     deadline_ns=v.lease_until_ns,
                     sync_count=v.cluster.sync_count,
                     sync_voters=v.cluster.sync_voters,
                 )
+                v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
             return replace(v, order=sent, db=None)
 
@@ -220,6 +224,8 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
         return replace(v, lead=replace(v.lead, deadline_ns=0, busy="", pending=())) if v.lead.running else v
     if v.intent == "beat" and not v.lead.running and now_ns >= _next_beat(v.lead_sent_ns, v.failures, t):
         lead = replace(v.lead, revision=v.revision)
+        # A node that leads anew in its old term begins another timeline, too.
+        v = replace(v, reserving=next_timeline(v) if v.state is State.FENCED and not v.reserved else 0)
         v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns)
     what = register.due(v.lead, now_ns)
     left = v.lead.deadline_ns - now_ns
@@ -288,6 +294,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             lsn=c.lsn if c is not None else 0,
             sync_count=me.sync_count,
             sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
+            reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
         )
     vacate = v.intent == "vacate"
@@ -314,6 +321,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         request=v.request,
         clean=clean,
         refused=v.refused or c.refused,
+        reserved=max(v.reserving, c.reserved),
         changes=c.changes,
     )
 

@@ -304,6 +304,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         latched=f is not None and f.latched is not None,
         trusted=f is not None and f.trusted,
         identified=f is not None and f.system_identifier is not None,
+        reserved=v.reserved > 0,
         virgin=f is not None and f.highest[0] == 0,
         may_claim=now_ns >= v.claim_pause_until_ns,
         writing=v.intent != "beat",

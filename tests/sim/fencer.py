@@ -150,6 +150,7 @@ class Fencer:
             order_op=order.op if order is not None else "",
             order_state=order.state if order is not None else "",
             order_detail=order.detail if order is not None else "",
+            order_timeline=(order.timeline or 0) if order is not None else 0,
             fence_proven=proven,
             postgres_up=not (pg.gone or believes),
             following=self.following if not pg.gone and pg.signal else None,
@@ -191,7 +192,12 @@ class Fencer:
         request: protocol.Request
         if o.op == "activate":
             rule = protocol.SyncRule(o.sync_count, o.sync_voters)
-            request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
+            request = protocol.Activate(
+                generation=generation,
+                deadline_boottime_ns=o.deadline_ns,
+                sync=rule,
+                timeline=o.timeline,
+            )
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
         else:
@@ -248,7 +254,7 @@ class Fencer:
             self.active = record.generation
             self.deadline_ns = leases.clamp(request.deadline_boottime_ns, now, self.t.lease_ns)
             self._save_lease()
-            self._activate(effect, record, request.sync)
+            self._activate(effect, record, request)
         elif isinstance(request, protocol.Follow):
             self._drop_lease()
             self._follow(effect, record)
@@ -352,13 +358,13 @@ class Fencer:
 
         self._stop(effect, clean_until_ns, then)
 
-    def _activate(self, effect: int, record: OrderRecord, sync: protocol.SyncRule) -> None:
-        host, pg, life = self.host, self.host.pg, self.life
+    def _activate(self, effect: int, record: OrderRecord, request: protocol.Activate) -> None:
+        host, pg, life, sync = self.host, self.host.pg, self.life, request.sync
 
-        def failed(why: str) -> None:
+        def failed(why: str, timeline: int | None = None) -> None:
             host.pg_halt()
             self._drop_lease()
-            self._finish(record, "failed", why)
+            self._finish(msgspec.structs.replace(record, timeline=timeline), "failed", why)
             host.world.say(f"{host.name} activation {record.generation} failed: {why}")
             self._until_proven(effect, 0)
 
@@ -393,9 +399,11 @@ class Fencer:
                 failed("before the promotion the lease was over, or an operator fenced this node")
             elif host.promotion_fails:
                 failed("PostgreSQL does not promote")
+            elif request.timeline <= pg.branch.timeline and host.world.rules.timelines_reserved:
+                failed("the timeline is taken", pg.branch.timeline)
             else:
                 took = self.while_(0.6)
-                host.later(took, host.pg_promote, pg.run, record.generation.term, sync)
+                host.later(took, host.pg_promote, pg.run, record.generation.term, request)
                 host.later(took + self.while_(0.1), promoted)
 
         def promoted() -> None:

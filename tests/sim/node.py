@@ -227,11 +227,11 @@ class Host:
         if self.pg.run == run and not (self.pg.gone or self.pg.halted):
             self.pg.close()
 
-    def pg_promote(self, run: int, term: int, sync: protocol.SyncRule) -> None:
+    def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
         if pg.run == run and pg.mode == "standby" and not pg.frozen:
-            pg.count, pg.voters = sync.count, sync.voters
-            pg.promote(term)
+            pg.count, pg.voters = request.sync.count, request.sync.voters
+            pg.promote(term, request.timeline)
             self.fencer.bell()
 
     # ------------------------------------------------------------ the agent's process

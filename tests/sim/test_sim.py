@@ -55,6 +55,7 @@ def first_violation(rules: Rules, drift: float | None = None, seeds: int = 400) 
 
 BROKEN = {
     "no lease check": Rules(fencer_checks_lease=False),
+    "timelines not reserved": Rules(timelines_reserved=False),
     "no compare-and-set": Rules(store_checks_revision=False),
     "no proof of the fence": Rules(fencer_proves=False),
     "PostgreSQL runs before the fencer after a pause": Rules(fencer_first=False),

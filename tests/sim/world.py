@@ -38,6 +38,7 @@ class Rules:
     fencer_proves: bool = True
     fencer_first: bool = True  # after a pause of the host, before PostgreSQL
     store_checks_revision: bool = True
+    timelines_reserved: bool = True  # else a promotion takes the next that its own node knows of
     dated_from_send: bool = True  # else a heartbeat counts from its acknowledgement
 
 
