@@ -138,7 +138,7 @@ class OrderRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     primary: str | None  # of a follow
     state: OrderState
     detail: str = ""
-    timeline: int | None = None  # of a done activate; of a failed one, the newest here where that was why
+    timeline: int | None = None  # of a done activate
     took_ms: float = 0.0
     rungs: tuple[Rung, ...] = ()
 
@@ -186,6 +186,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     following: str | None  # primary of the last done follow, while PostgreSQL runs as its standby
     is_standby: bool  # the data directory is marked as a standby (standby.signal)
     system_identifier: str | None
+    timeline: int  # the newest that had WAL here at the start or after an activate; 0: not known
     latch: Latch | None
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it

@@ -37,7 +37,7 @@ class FencerView:
     is_standby: bool
     system_identifier: str | None
     latched: str | None
-    order_timeline: int = 0  # that its newest activation began, or found here already
+    timeline: int = 0  # the newest with WAL here that it knows of
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
 

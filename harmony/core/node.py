@@ -224,8 +224,7 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
         return replace(v, lead=replace(v.lead, deadline_ns=0, busy="", pending=())) if v.lead.running else v
     if v.intent == "beat" and not v.lead.running and now_ns >= _next_beat(v.lead_sent_ns, v.failures, t):
         lead = replace(v.lead, revision=v.revision)
-        # A node that leads anew in its old term begins another timeline, too.
-        v = replace(v, reserving=next_timeline(v) if v.state is State.FENCED and not v.reserved else 0)
+        v = replace(v, reserving=next_timeline(v) if _needs_timeline(v) else 0)
         v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns)
     what = register.due(v.lead, now_ns)
     left = v.lead.deadline_ns - now_ns
@@ -238,6 +237,12 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
     record = _cluster_record(v, me, attempt)
     commands.append(Write(CLUSTER_STATE, record, v.lead.revision or 0, attempt, left))
     return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)), lead_record=record)
+
+
+def _needs_timeline(v: View) -> bool:
+    """Whether we may lead anew in our old term: another promotion, another timeline."""
+    activating = v.order is not None and v.order.op == "activate"
+    return v.state is State.FENCED and not v.reserved and not activating
 
 
 def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:

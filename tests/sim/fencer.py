@@ -150,7 +150,7 @@ class Fencer:
             order_op=order.op if order is not None else "",
             order_state=order.state if order is not None else "",
             order_detail=order.detail if order is not None else "",
-            order_timeline=(order.timeline or 0) if order is not None else 0,
+            timeline=pg.branch.timeline,
             fence_proven=proven,
             postgres_up=not (pg.gone or believes),
             following=self.following if not pg.gone and pg.signal else None,
@@ -361,10 +361,10 @@ class Fencer:
     def _activate(self, effect: int, record: OrderRecord, request: protocol.Activate) -> None:
         host, pg, life, sync = self.host, self.host.pg, self.life, request.sync
 
-        def failed(why: str, timeline: int | None = None) -> None:
+        def failed(why: str) -> None:
             host.pg_halt()
             self._drop_lease()
-            self._finish(msgspec.structs.replace(record, timeline=timeline), "failed", why)
+            self._finish(record, "failed", why)
             host.world.say(f"{host.name} activation {record.generation} failed: {why}")
             self._until_proven(effect, 0)
 
@@ -400,7 +400,7 @@ class Fencer:
             elif host.promotion_fails:
                 failed("PostgreSQL does not promote")
             elif request.timeline <= pg.branch.timeline and host.world.rules.timelines_reserved:
-                failed("the timeline is taken", pg.branch.timeline)
+                failed("the timeline is taken")
             else:
                 took = self.while_(0.6)
                 host.later(took, host.pg_promote, pg.run, record.generation.term, request)
