@@ -37,6 +37,7 @@ class FencerView:
     is_standby: bool
     system_identifier: str | None
     latched: str | None
+    timeline: int = 0  # the newest with WAL here that it knows of
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
 
@@ -251,6 +252,7 @@ class Order(msgspec.Struct, frozen=True):
     deadline_ns: int = 0
     sync_count: int = 0
     sync_voters: tuple[str, ...] = ()
+    timeline: int = 0  # of an activate: what the promotion must begin, reserved for it
     clean: bool = False  # of a fence: shut down cleanly while the lease lasts
 
 

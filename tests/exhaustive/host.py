@@ -110,7 +110,7 @@ def request(c: Order | Renew) -> Activate | Fence | Follow | RenewRequest:
     match c.op:
         case "activate":
             rule = SyncRule(c.sync_count, c.sync_voters)
-            return Activate(generation=g, deadline_boottime_ns=c.deadline_ns, sync=rule)
+            return Activate(generation=g, deadline_boottime_ns=c.deadline_ns, sync=rule, timeline=c.timeline)
         case "fence":
             return Fence(generation=g, reason="", clean=c.clean)
         case "follow":

@@ -69,7 +69,7 @@ def renumbered(v: View, names: Mapping[Gen, Gen]) -> View:
 def cluster(c: ClusterState) -> ClusterState:
     """Without what no decision of two nodes reads: the attempt is kept beside the record."""
     refused = (c.refused[0], "") if c.refused is not None else None
-    return replace(c, attempt="", beat=0, status=State.HEALTHY, changes=(), refused=refused)
+    return replace(c, attempt="", beat=0, status=State.HEALTHY, changes=(), reserved=0, refused=refused)
 
 
 def member(m: Member, t: Timing) -> Member:
@@ -86,6 +86,7 @@ def member(m: Member, t: Timing) -> Member:
         silent_ns=t.settle_ns if counts and m.silent_ns >= t.settle_ns else 0,
         generation="",
         lease_left_ms=None,
+        barred=False,
     )
 
 
@@ -158,6 +159,8 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         lead_record=cluster(record) if record is not None else None,
         lead_sent_ns=past(v.lead_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
         lease_until_ns=past(v.lease_until_ns, 0),
+        reserving=min(v.reserving, 1),
+        reserved=min(v.reserved, 1),
         renewed=(v.renewed[0], v.renewed[1] - shift_ns) if v.renewed[1] - shift_ns > NOW else ((0, 0), 0),
         claim_pause_until_ns=_future(v.claim_pause_until_ns, shift_ns),
         members=Fixed({n: _seen_moved(member(v.members[n], t), by) for n in others}),

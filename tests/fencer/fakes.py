@@ -507,7 +507,7 @@ class SteppedEngine:
             await self._step(call, "reload")
             self._must_run()
 
-    async def promote(self) -> int:
+    async def promote(self, reserved: int) -> int:
         async with self._effect("promote") as call:
             await self._step(call, "trigger")
             self._must_run()

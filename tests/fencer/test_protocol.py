@@ -166,7 +166,7 @@ REQUEST_OF_EACH: list[Request] = [
     Unfence(who="w"),
 ]
 IDS = [type(r).__name__ for r in REQUEST_OF_EACH]
-LEFT_OUT = {"clean", "unless", "wait_ms"}  # may be
+LEFT_OUT = {"clean", "timeline", "unless", "wait_ms"}  # may be
 Tree = dict[str, object]
 
 

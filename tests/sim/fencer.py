@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Host
 
 CLEAN_SHARE = 0.5
-DISK_NS = 400_000_000  # the longest that its disk takes
+DISK_NS = 400_000_000  # the longest that its disk takes where it is not slow
 RESTART_SHARE = 0.6  # of fence_timeout: how long a dead fencer takes to be there again
 
 
@@ -150,6 +150,7 @@ class Fencer:
             order_op=order.op if order is not None else "",
             order_state=order.state if order is not None else "",
             order_detail=order.detail if order is not None else "",
+            timeline=pg.branch.timeline,
             fence_proven=proven,
             postgres_up=not (pg.gone or believes),
             following=self.following if not pg.gone and pg.signal else None,
@@ -191,7 +192,12 @@ class Fencer:
         request: protocol.Request
         if o.op == "activate":
             rule = protocol.SyncRule(o.sync_count, o.sync_voters)
-            request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
+            request = protocol.Activate(
+                generation=generation,
+                deadline_boottime_ns=o.deadline_ns,
+                sync=rule,
+                timeline=o.timeline,
+            )
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
         else:
@@ -224,9 +230,8 @@ class Fencer:
         if isinstance(request, protocol.OperatorFence):
             self.latched = True
         self.accepting = record
-        # Below what the core waits for an order to be taken (ORDER_LOST_NS): a slower disk is no livelock of ours.
         disk_ns = int(min(DISK_NS, self.t.stop_ns * 0.1) * self.host.rng.random() ** 2)
-        self.host.later(disk_ns, self._accepted, self.life, record, request)
+        self.host.later(disk_ns + self.host.disk_ns, self._accepted, self.life, record, request)
 
     def _keep(self, record: OrderRecord) -> None:
         self.kept_highest, self.kept_order = record.generation, record
@@ -249,7 +254,7 @@ class Fencer:
             self.active = record.generation
             self.deadline_ns = leases.clamp(request.deadline_boottime_ns, now, self.t.lease_ns)
             self._save_lease()
-            self._activate(effect, record, request.sync)
+            self._activate(effect, record, request)
         elif isinstance(request, protocol.Follow):
             self._drop_lease()
             self._follow(effect, record)
@@ -353,8 +358,8 @@ class Fencer:
 
         self._stop(effect, clean_until_ns, then)
 
-    def _activate(self, effect: int, record: OrderRecord, sync: protocol.SyncRule) -> None:
-        host, pg, life = self.host, self.host.pg, self.life
+    def _activate(self, effect: int, record: OrderRecord, request: protocol.Activate) -> None:
+        host, pg, life, sync = self.host, self.host.pg, self.life, request.sync
 
         def failed(why: str) -> None:
             host.pg_halt()
@@ -394,9 +399,11 @@ class Fencer:
                 failed("before the promotion the lease was over, or an operator fenced this node")
             elif host.promotion_fails:
                 failed("PostgreSQL does not promote")
+            elif request.timeline <= pg.branch.timeline and host.world.rules.timelines_reserved:
+                failed("the timeline is taken")
             else:
                 took = self.while_(0.6)
-                host.later(took, host.pg_promote, pg.run, record.generation.term, sync)
+                host.later(took, host.pg_promote, pg.run, record.generation.term, request)
                 host.later(took + self.while_(0.1), promoted)
 
         def promoted() -> None:
