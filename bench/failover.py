@@ -75,8 +75,8 @@ def campaign(given: argparse.Namespace) -> int:
     )
     failed = 0
     limits = Limits(given.rejoin_limit, given.store_down)
-    for scenario in given.scenario or list(SCENARIOS):
-        for number in range(1, given.runs + 1):
+    for number in range(1, given.runs + 1):  # outermost: a campaign cut short has as much of each scenario
+        for scenario in given.scenario or list(SCENARIOS):
             for peer in peers:
                 options = Options(
                     peer, given.preset, given.sync, given.stores, given.failsafe and peer == "patroni"

@@ -10,11 +10,12 @@ import msgspec
 
 from bench.ha.peer import Options
 from bench.ha.records import NS, Figures, figures
-from bench.ha.scenarios import AFTER_S, SCENARIOS, Act, Scenario
+from bench.ha.scenarios import AFTER_S, SCENARIOS, Act, Scenario, Step
 from bench.ha.stage import Stage, State
 from tests.hosts.host import HostError
 
 RECOVER_TIMEOUT_S = 60.0
+STORE_DOWN = "store-down"
 QUIET_S = 2.0
 
 
@@ -72,7 +73,8 @@ def _play(
     act = Act(stage, state.primary, state.primary)
     fault_ns = stage.now_ns()
     what.strike(act)
-    _last(act, what, fault_ns, limits)
+    lasts_s = limits.store_down_s if name == STORE_DOWN and limits.store_down_s else what.lasts_s
+    _last(act, what.keep, lasts_s, fault_ns)
     healed_ns = stage.now_ns()
     what.heal(act)
     rejoined = stage.comes(lambda: stage.has_what_was_written_since(act.victim, healed_ns), limits.rejoin_s)
@@ -93,23 +95,17 @@ def _play(
     )
 
 
-def _last(act: Act, what: Scenario, fault_ns: int, limits: Limits) -> None:
-    """Let the fault last as long as the scenario says."""
+def _last(act: Act, keep: Step, lasts_s: float | None, fault_ns: int) -> None:
+    """Let the fault last so long, or until another host has acknowledged for a while."""
     stage = act.stage
-    keep = what.keep or (lambda _act: None)
-    fixed = (
-        limits.store_down_s
-        if act.store == "" and what.lasts_s == 60.0 and limits.store_down_s
-        else what.lasts_s
-    )
-    until = time.monotonic() + (fixed if fixed is not None else stage.peer.takeover_s)
-    seen = fixed is not None
+    until = time.monotonic() + (lasts_s if lasts_s is not None else stage.peer.takeover_s)
+    seen = lasts_s is not None
     while time.monotonic() < until:
         keep(act)
         if not seen and stage.another_wrote_since(fault_ns, act.old):
             seen = True
             until = time.monotonic() + AFTER_S
-        time.sleep(0.02 if what.keep else 0.1)
+        time.sleep(0.05)
 
 
 def _final(stage: Stage) -> State:

@@ -43,6 +43,10 @@ class Act:
 Step = Callable[[Act], None]
 
 
+def nothing(_act: Act) -> None:
+    """No step."""
+
+
 @dataclass(frozen=True)
 class Scenario:
     """`strike` returns when the fault is there. `keep` is repeated while it lasts, `heal` undoes it.
@@ -53,15 +57,10 @@ class Scenario:
     what: str
     strike: Step
     heal: Step
-    keep: Step | None = None
+    keep: Step = nothing
     lasts_s: float | None = None
-    replaces: bool = True  # the fault hits the primary: another host is awaited
     stores: int = 1
     disks: bool = False
-
-
-def nothing(_act: Act) -> None:
-    """No step."""
 
 
 def kill_postmaster(act: Act) -> None:
@@ -180,14 +179,13 @@ SCENARIOS: dict[str, Scenario] = {
         "the primary's whole host stands still beyond the lease, then goes on", freeze_host, thaw_host
     ),
     "store-down": Scenario(
-        "the store's hosts lose their power, for 60 s", lose_stores, boot_stores, lasts_s=60.0, replaces=False
+        "the store's hosts lose their power, for 60 s", lose_stores, boot_stores, lasts_s=60.0
     ),
     "store-leader-lost": Scenario(
         "of three store hosts the leader loses its power",
         lose_store_leader,
         boot_store_leader,
         lasts_s=20.0,
-        replaces=False,
         stores=3,
     ),
     "store-leader-and-host-lost": Scenario(
@@ -202,14 +200,12 @@ SCENARIOS: dict[str, Scenario] = {
         lose_standby,
         boot_host,
         lasts_s=30.0,
-        replaces=False,
     ),
     "disk-stalled": Scenario(
         f"the primary's disk hangs for {STALL_S:g} s: writers to it wait and cannot be killed",
         stall_disk,
         mend_disk,
         lasts_s=STALL_S,
-        replaces=False,
         disks=True,
     ),
 }
