@@ -57,7 +57,9 @@ def installed() -> Path:
         str(place / "bin" / "python"),
     ]
     options = ["install", "--no-deps", "--no-index", "--ignore-installed", "--no-cache-dir"]
-    subprocess.run([*pip, *options, str(wheel())], check=True)
+    built = wheel()
+    subprocess.run([*pip, *options, str(built)], check=True)
+    shutil.rmtree(built.parent)  # at once: a bench that is killed leaves nothing
     return place / "bin"
 
 
@@ -186,6 +188,6 @@ class Harmony:
             check=False,
         )
         return {
-            "harmony": head.stdout.strip() or wheel().name,
+            "harmony": head.stdout.strip() or "of no git tree",
             "nats-server": ".".join(map(str, version_of(nats.stdout))),
         }
