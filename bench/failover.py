@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--store-down", type=float, default=None, metavar="S", help="shorten the 60 s of store-down"
     )
-    parser.add_argument("--rejoin-limit", type=float, default=30.0, metavar="S")
+    parser.add_argument("--rejoin-limit", type=float, default=45.0, metavar="S")
     parser.add_argument("--out", type=Path, default=Path("build/bench/failover.json"))
     parser.add_argument("--append", action="store_true", help="add to what --out has")
     parser.add_argument("--report", type=Path, metavar="FILE.json")

@@ -38,7 +38,7 @@ class Repeat(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """What a campaign shortens."""
 
-    rejoin_s: float = 30.0
+    rejoin_s: float = 45.0
     store_down_s: float | None = None
 
 
@@ -77,7 +77,7 @@ def _play(
     _last(act, what.keep, lasts_s, fault_ns)
     healed_ns = stage.now_ns()
     what.heal(act)
-    rejoined = stage.comes(lambda: stage.has_what_was_written_since(act.victim, healed_ns), limits.rejoin_s)
+    rejoined = stage.comes(lambda: stage.rejoined(act.victim, healed_ns), limits.rejoin_s)
     rejoin_s = (stage.now_ns() - healed_ns) / NS if rejoined else None
     wrote = stage.comes(lambda: stage.client_wrote_since(healed_ns), RECOVER_TIMEOUT_S)
     final = _final(stage)

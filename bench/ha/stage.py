@@ -227,14 +227,19 @@ class Stage:
             return False
         return self.options.sync == "off" or bool(state.synchronous)
 
-    def has_what_was_written_since(self, name: str, since_ns: int) -> bool:
-        """A row that the client sent after `since_ns` can be read on this host. (`streaming` alone comes and goes.)"""
+    def rejoined(self, name: str, since_ns: int) -> bool:
+        """A row that the client wrote elsewhere since then can be read on this host; or it is the only primary.
+
+        What pg_stat_replication says comes and goes with a host that has diverged, and proves nothing.
+        """
         assert self.client is not None
-        late = next((ack for ack in self.client.poll()[-1000:] if ack.sent_ns > since_ns), None)
-        if late is None:
-            return False
+        late = [ack for ack in self.named(self.client.poll()[-1000:]) if ack.sent_ns > since_ns]
+        elsewhere = next((ack for ack in late if ack.host != name), None)
+        if elsewhere is None:
+            state = self.state() if late else None
+            return state is not None and state.primary == name
         try:
-            return bool(self._ask(name, f"SELECT 1 FROM bench WHERE id = {late.id}"))  # noqa: S608 (a number)
+            return bool(self._ask(name, f"SELECT 1 FROM bench WHERE id = {elsewhere.id}"))  # noqa: S608 (a number)
         except psycopg.Error:
             return False
 
