@@ -130,7 +130,7 @@ def main() -> None:
     if given.report is not None:
         results = report.load(given.report)
         if given.markdown is not None:
-            given.markdown.write_text(report.markdown(results))
+            given.markdown.write_text(f"{report.circumstances(results)}\n{report.markdown(results)}")
         if given.plot is not None:
             report.plot(results, given.plot)
         return

@@ -31,8 +31,9 @@ class Repeat(msgspec.Struct, frozen=True):
     )  # after the fault was undone the host that was hit has new rows again; None: not in time
     rejoin_limit_s: float
     final_primary: str
-    load: tuple[float, float, float]
+    load: tuple[float, float, float]  # os.getloadavg() before it began: others may have used the machine
     error: str
+    versions: dict[str, str] = {}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -91,6 +92,7 @@ def _play(
         rejoin_limit_s=limits.rejoin_s,
         final_primary=final.primary,
         load=load,
+        versions={**stage.peer.versions(), "postgresql": stage.parts.postgres.version},
         error="" if wrote else f"the client could not write within {RECOVER_TIMEOUT_S:g} s after the fault",
     )
 

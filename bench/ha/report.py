@@ -90,6 +90,18 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def circumstances(results: Results) -> str:
+    """One sentence: when, on what, with which versions, and how busy the machine was."""
+    m = results.machine
+    versions: dict[str, str] = {}
+    for repeat in results.repeats:
+        versions |= repeat.versions
+    loads = [repeat.load[0] for repeat in results.repeats]
+    busy = f"; load before a repeat {statistics.median(loads):.1f}, at most {max(loads):.1f}" if loads else ""
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return f"{m['date']}, {m['cores']} cores ({m['cpu']}), Linux {m['linux']}, Python {m['python']}; {named}{busy}.\n"
+
+
 def plot(results: Results, to: Path) -> None:
     """Outages by scenario: each repeat a dot, the median a bar. Needs matplotlib (the extra `bench`)."""
     import matplotlib as mpl  # noqa: PLC0415 (an extra: only plots need it)
