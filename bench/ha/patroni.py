@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 import urllib.request
@@ -54,6 +53,7 @@ class Patroni:
         self._options = options
         self._bin, self._etcd = programs()
         self._stores = stores(options.stores)
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
         self._user = parts.users.postgres or "postgres"
         times = PRESETS[options.preset]
         self.takeover_s = float(times["ttl"] + 2 * times["loop_wait"] + 10)
@@ -142,7 +142,8 @@ class Patroni:
         library = self._parts.postgres.library_dir
         environment = {"LD_LIBRARY_PATH": str(library)} if library else {}
         argv = [str(self._bin / "patroni"), str(host.folder / "patroni.yml")]
-        host.start(argv, host.folder / "patroni.log", user=self._user, environment=environment)
+        log = host.folder / "patroni.log"
+        self._agents[name] = host.start(argv, log, user=self._user, environment=environment)
 
     def start_store(self, name: str) -> None:
         host = self._lab.hosts[name]
@@ -158,11 +159,8 @@ class Patroni:
         return host.processes("patroni")
 
     def restart_agent(self, name: str) -> None:
-        """Its unit as shipped does not restart it: "we want to manually inspect database on failure"."""
-        host = self._lab.hosts[name]
-        for process in self.agents(host):
-            os.kill(process.outside_pid, signal.SIGCONT)
-        if not self.agents(host):
+        """As Debian's patroni.service does it (Restart=on-failure); upstream's example has Restart=no."""
+        if self._agents[name].poll() is not None:
             self.start_host(name)
 
     def switch_over(self, old: str, new: str) -> None:

@@ -69,7 +69,7 @@ class Peer(Protocol):
         """The processes that decide about PostgreSQL, without those that guard them."""
 
     def restart_agent(self, name: str) -> None:
-        """What an operator does where nothing restarts a dead agent by itself."""
+        """What systemd, or an operator, does where the peer itself does not: a dead agent is started again."""
 
     def switch_over(self, old: str, new: str, /) -> None:
         """A planned change, by the peer's own command."""

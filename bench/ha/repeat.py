@@ -53,15 +53,15 @@ def carry_out(scenario: str, options: Options, limits: Limits, say: Callable[[st
             return _play(stage, scenario, what, limits, load)
     except (HostError, OSError) as error:
         return Repeat(
-            scenario,
-            wanted,
-            None,
-            0.0,
-            None,
-            limits.rejoin_s,
-            "",
-            load,
-            f"{type(error).__name__}: {error}"[:2000],
+            scenario=scenario,
+            options=wanted,
+            figures=None,
+            fault_lasted_s=0.0,
+            rejoin_s=None,
+            rejoin_limit_s=limits.rejoin_s,
+            final_primary="",
+            load=load,
+            error=f"{type(error).__name__}: {error}"[:2000],
         )
 
 

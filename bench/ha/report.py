@@ -12,6 +12,7 @@ from bench.ha.repeat import Repeat
 Row = tuple[str, str, str, str]  # scenario, peer, preset, sync
 
 
+BEGIN, END = "<!-- rendered: results -->", "<!-- end -->"
 COLUMNS = (
     "scenario",
     "peer",
@@ -100,6 +101,15 @@ def circumstances(results: Results) -> str:
     busy = f"; load before a repeat {statistics.median(loads):.1f}, at most {max(loads):.1f}" if loads else ""
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return f"{m['date']}, {m['cores']} cores ({m['cpu']}), Linux {m['linux']}, Python {m['python']}; {named}{busy}.\n"
+
+
+def rendered(page: str, results: Results) -> str:
+    """The documentation's page with these results in their place."""
+    before, mark, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"no {BEGIN} … {END} in the page")
+    return f"{before}{mark}\n\n{circumstances(results)}\n{markdown(results)}\n{end}{after}"
 
 
 def plot(results: Results, to: Path) -> None:

@@ -168,7 +168,9 @@ SCENARIOS: dict[str, Scenario] = {
     "postmaster-killed": Scenario("SIGKILL to the primary's postmaster", kill_postmaster, nothing),
     "host-lost": Scenario("the primary's host loses its power", lose_host, boot_host),
     "host-isolated": Scenario("the primary's host is cut off, silently, both ways", isolate, join),
-    "agent-killed": Scenario("SIGKILL to the primary's agent, once", kill_agent, restart_agent),
+    "agent-killed": Scenario(
+        "SIGKILL to the primary's agent, once; it is started again", kill_agent, nothing, keep=restart_agent
+    ),
     "agent-kept-down": Scenario(
         "SIGKILL to the primary's agent and to every replacement", kill_agent, restart_agent, keep=kill_agent
     ),
