@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,13 +68,13 @@ class Recorder:
         self._process.wait()
 
 
+@dataclass(frozen=True)
 class State:
     """What a primary says: the hosts that stream from it, and those that its commits wait for."""
 
-    def __init__(self, primary: str, streaming: set[str], synchronous: set[str]) -> None:
-        self.primary = primary
-        self.streaming = streaming
-        self.synchronous = synchronous
+    primary: str
+    streaming: set[str]
+    synchronous: set[str]
 
 
 class Stage:
@@ -83,12 +84,16 @@ class Stage:
         self.options = options
         self.say = say
         self.lab = Lab(names(options), disks=dict.fromkeys(DATABASES, 1500) if disks else None)
-        (self.lab.base / "parts").mkdir(mode=0o755)
-        self.parts = find_parts(self.lab.base / "parts")
-        made = Harmony if options.peer == "harmony" else Patroni
-        self.peer: Peer = made(self.lab, self.parts, options)
         self.client: Recorder | None = None
         self.local: dict[str, Recorder] = {}
+        try:
+            (self.lab.base / "parts").mkdir(mode=0o755)
+            self.parts = find_parts(self.lab.base / "parts")
+            made = Harmony if options.peer == "harmony" else Patroni
+            self.peer: Peer = made(self.lab, self.parts, options)
+        except BaseException:
+            self.lab.close()
+            raise
 
     def __enter__(self) -> Self:
         try:
@@ -100,16 +105,15 @@ class Stage:
             self._start_writers()
             self.wait_until(self.written_everywhere, "the writers' first rows", 30)
             time.sleep(SETTLE_S)
-        except BaseException:
-            self.keep_logs()
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, Exception):  # not where somebody pressed Ctrl-C
             self.keep_logs()
         self.close()
 
