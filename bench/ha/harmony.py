@@ -38,9 +38,18 @@ def _python() -> str:
 
 
 @functools.cache
+def commit() -> str:
+    """What is installed, as git names it."""
+    argv = ["git", "-C", str(TOP), "describe", "--always", "--dirty"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "of no git tree"
+
+
+@functools.cache
 def installed() -> Path:
     """Harmony's wheel of this tree, in a virtual environment of its own; its bin."""
     place = HOME / "harmony"
+    commit()  # before anybody commits or merges during a campaign
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([_python(), "-m", "venv", "--without-pip", str(place)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -181,13 +190,7 @@ class Harmony:
         nats = subprocess.run(
             [str(self._parts.nats_server), "--version"], capture_output=True, text=True, check=True
         )
-        head = subprocess.run(
-            ["git", "-C", str(TOP), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
         return {
-            "harmony": head.stdout.strip() or "of no git tree",
+            "harmony": commit(),
             "nats-server": ".".join(map(str, version_of(nats.stdout))),
         }

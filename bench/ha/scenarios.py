@@ -1,6 +1,6 @@
 """What happens to a cluster in the failover bench: each scenario is a fault, how long it lasts, and how it is undone.
 
-They act on hosts, processes and cables, never through a peer's own interface, but for the switchover.
+They act on hosts, processes, cables and disks; of the peer they ask a switchover, and who leads its store.
 """
 
 from __future__ import annotations
