@@ -9,6 +9,7 @@ It refuses to change a frame, or the order of frames in one direction. A kernel 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import heapq
 import json
@@ -20,15 +21,17 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
 TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x400454CA, 0x0002, 0x1000, 0x4000
 ETH_P_ALL, IPV4 = 0x0003, b"\x08\x00"
 HEADER = 10  # struct virtio_net_hdr: both ends carry it, so that unfinished checksums stay right
 LARGEST = HEADER + 14 + 65535
+SOURCE_AT, DESTINATION_AT = 14 + 12, 14 + 16  # of an IPv4 header behind Ethernet's
 QUEUE = 100_000
+AT_ONCE = 256
 
 
 @dataclass
@@ -74,7 +77,7 @@ def open_port(name: str) -> socket.socket:
     return port
 
 
-def serve(tap: int, port: socket.socket) -> None:
+def serve(tap: int, port: int) -> None:
     """Pass frames until input ends."""
     to_host, from_host = Way(), Way()
     waiting: list[tuple[float, int, int, bytes]] = []
@@ -90,27 +93,29 @@ def serve(tap: int, port: socket.socket) -> None:
             to_host, from_host = Way(**ways["to"]), Way(**ways["from"])
             os.write(1, b"ok\n")
         for source, target, way, peer_at in (
-            (tap, port.fileno(), to_host, 14 + 12),
-            (port.fileno(), tap, from_host, 14 + 16),
+            (tap, port, to_host, SOURCE_AT),
+            (port, tap, from_host, DESTINATION_AT),
         ):
-            if source not in ready and not (source != tap and port in ready):
-                continue
-            while len(waiting) < QUEUE:
-                try:
-                    frame = os.read(source, LARGEST)
-                except BlockingIOError:
-                    break
+            for frame in frames(source) if source in ready else []:
                 delay_s = way.delay_s(frame, peer_at)
-                if delay_s is not None:
+                if delay_s is not None and len(waiting) < QUEUE:
                     number += 1
                     heapq.heappush(waiting, (time.monotonic() + delay_s, number, target, frame))
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
             _due, _number, target, frame = heapq.heappop(waiting)
-            try:
+            # The device is down, or its queue is full: frames get lost, as on any network.
+            with contextlib.suppress(OSError):
                 os.write(target, frame)
-            except OSError:  # the device is down, or its queue is full: frames get lost, as on any network
-                continue
+
+
+def frames(source: int) -> Iterator[bytes]:
+    """All that can be read now, up to a number: the other direction has its turn, too."""
+    for _ in range(AT_ONCE):
+        try:
+            yield os.read(source, LARGEST)
+        except BlockingIOError:
+            return
 
 
 def main() -> None:
@@ -118,12 +123,10 @@ def main() -> None:
     name = sys.argv[1]
     cable, device = f"p-{name}", f"t-{name}"
     tap, port = open_tap(device), open_port(cable)
-    own = Path(f"/sys/class/net/{device}")
-    assert own.name == device
     ip("link", "set", cable, "nomaster", "promisc", "on")
     ip("link", "set", device, "master", "br0", "up")
     try:
-        serve(tap, port)
+        serve(tap, port.fileno())
     finally:
         os.close(tap)
         ip("link", "set", cable, "promisc", "off", "master", "br0")
