@@ -76,11 +76,13 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSeen():
             if v.order is not None and e.asked_ns < v.order.sent_ns:
                 return v  # asked before our newest order: says nothing of what that did
+            if v.order is not None and e.db == "standby" and e.asked_ns < v.order.done_ns:
+                return v  # asked before the end of a promotion
             return replace(v, db=e, db_ns=now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
-            return _fencer_seen(v, f)
+            return _fencer_seen(v, f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case CheckpointDone():
@@ -92,8 +94,12 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return v
 
 
-def _fencer_seen(v: View, f: FencerView) -> View:
+def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
+    o = v.order
+    if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
+        before = v.db is not None and v.db.db == "standby"
+        v = replace(v, order=replace(o, done_ns=now_ns), db=None if before else v.db)
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven

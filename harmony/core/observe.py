@@ -38,6 +38,8 @@ def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
             return "failed", "its lease ran out"
         if f.order_state == "done" and o.op == "activate" and not f.postgres_up:
             return "failed", "PostgreSQL died right after it"
+        if f.order_state == "done" and o.op == "activate" and v.db is not None and v.db.db == "standby":
+            return "failed", "PostgreSQL was restarted right after it, by somebody else, as a standby"
         return ("done" if f.order_state == "done" else "running"), ""
     if f is not None and f.highest > o.generation:
         return "failed", "superseded by a newer order"

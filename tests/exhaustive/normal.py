@@ -141,7 +141,12 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         quiet = patience
     order = v.order
     if order is not None:
-        order = replace(order, sent_ns=past(order.sent_ns, 2), refused="refused" if order.refused else "")
+        order = replace(
+            order,
+            sent_ns=past(order.sent_ns, 2),
+            done_ns=past(order.done_ns, 2) if order.done_ns else 0,
+            refused="refused" if order.refused else "",
+        )
     record = v.lead_record if v.lead.running else None
     return replace(
         v,
