@@ -141,6 +141,9 @@ def test_lsn() -> None:
         {"latched": True},
         {"nofailover": True},
         {"fencer_ok": False},
+        {"retiring": True},
+        {"distrust": "rolled back"},
+        {"timeline": 0},
     ],
 )
 def test_who_is_able(change: dict[str, object]) -> None:
@@ -257,6 +260,7 @@ def fencer_status(
     raw |= {"held_by": "cgroup /c", "watchdog": "off", "cannot_lead": "", "change": 1, "shutdown_lsn": None}
     raw |= {
         "system_identifier": "7",
+        "timeline": 4,
         "latch": {"reason": "r", "who": "w", "at_utc": "t"} if latched else None,
     }
     return replace(msgspec.convert(raw, protocol.Status), order=order)
