@@ -19,7 +19,7 @@ from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, 
 from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
-from harmony_fencer.engine import ASYNC_RULE, Engine, Outcome, Parts
+from harmony_fencer.engine import ASYNC_RULE, Engine, Outcome, Parts, look
 from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, explain
@@ -36,6 +36,7 @@ from harmony_fencer.protocol import (
     OrderRecord,
     OrderState,
     Refusal,
+    Rejoin,
     Renew,
     Renewed,
     Reply,
@@ -90,9 +91,9 @@ class Fencer:
         """Look at what is there: carry on under a valid lease, else fence what could write. Reads no slow disk."""
         self._effects.run_in(nursery)
         lease = self._ledger.lease(self._clock.now_ns())
-        pids, self._running = self._look()
+        pids, self._running = look(self._engine)
         order = self._order
-        if lease is not None and self._running and self._is_mine(lease) and not self._ledger.latched:
+        if lease is not None and self._running and self._ledger.is_mine(lease) and not self._ledger.latched:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
             await self._carry_on()
         elif self._ledger.untrusted:
@@ -112,24 +113,6 @@ class Fencer:
         except WatchdogError as e:
             await self.fence_by_itself(f"the watchdog is required and cannot be armed: {e}")
 
-    def _look(self) -> tuple[bool, bool]:
-        """(whether a process of PostgreSQL lives, whether a postmaster does); what cannot be told is assumed."""
-        try:
-            return bool(self._engine.pids()), self._engine.postmaster() is not None
-        except OSError as e:
-            log.error("cannot look for PostgreSQL; assuming the worst", why=str(e))
-            return True, False
-
-    def _is_mine(self, lease: leases.Lease) -> bool:
-        """Whether the lease is of the newest order, a finished activate whose outcome can be believed."""
-        order = self._order
-        return (
-            not self._ledger.untrusted
-            and order is not None
-            and (order.op, order.state) == ("activate", "done")
-            and lease.generation == order.generation == self._ledger.state.highest
-        )
-
     async def mark_standby(self) -> None:
         """What is down must start as a standby. One that began meanwhile may not have seen the mark."""
         try:
@@ -139,7 +122,7 @@ class Fencer:
                 log.error("standby.signal could not be written in time: is the disk hung?")
         except OSError as e:
             log.error("standby.signal could not be written", why=str(e))
-        if not self.busy and self._look()[0]:
+        if not self.busy and look(self._engine)[0]:
             await self.fence_by_itself("PostgreSQL was started while it was being marked as a standby")
 
     async def _learn(self) -> None:
@@ -151,7 +134,7 @@ class Fencer:
         """End what could write, cleanly while the lease lasts; a standby is left running. Orders end here, too."""
         self._retiring = True
         async with self._accepting:
-            while self._active is not None or (self._look()[0] and self.could_write):
+            while self._active is not None or (look(self._engine)[0] and self.could_write):
                 await self.fence_by_itself("the fencer was asked to stop", clean=True)
                 await self._effects.end(cancel=False)
             await self._effects.end(cancel=False)
@@ -205,7 +188,7 @@ class Fencer:
         """One request's reply. Nothing of a refused request has any effect."""
         if isinstance(request, Renew):
             return self._renew(request, peer)  # never waits: no disk but run_dir's, no lock
-        if not isinstance(request, Activate | Fence | Follow | OperatorFence | Unfence):
+        if not isinstance(request, Activate | Fence | Follow | Rejoin | OperatorFence | Unfence):
             verdict = admit(self._facts(), request, peer, self._clock.now_ns())
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
@@ -291,7 +274,7 @@ class Fencer:
                 self._deadline_ns = leases.clamp(request.deadline_boottime_ns, now_ns, self._c.lease_ns)
                 self._save_lease()
                 self._begin(lambda: self._activate(record, request))
-            case Follow():
+            case Follow() | Rejoin():
                 self._drop_lease()
                 self._begin(lambda: self._follow(record, request, clean_until_ns))
             case _:
@@ -337,7 +320,7 @@ class Fencer:
 
     async def _finish(self, record: OrderRecord, began_ns: int) -> None:
         record = msgspec.structs.replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
-        following = record.primary if record.op == "follow" and record.state == "done" else None
+        following = record.primary if record.op in {"follow", "rejoin"} and record.state == "done" else None
         level = log.info if record.state == "done" else log.error
         told = {"op": record.op, "generation": str(record.generation), "state": record.state}
         level("order ended", **told, detail=record.detail, took_ms=round(record.took_ms))
@@ -360,7 +343,7 @@ class Fencer:
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
         self._fence_proven, self._shutdown_lsn = outcome.proven, outcome.shutdown_lsn
         self._may_write = self._may_write and not outcome.proven
-        self._running = self._look()[1]
+        self._running = look(self._engine)[1]
         if outcome.proven:
             self.watchdog.disarm()
         return outcome
@@ -413,21 +396,36 @@ class Fencer:
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done", timeline=timeline), began)
 
-    async def _follow(self, record: OrderRecord, request: Follow, clean_until_ns: int) -> None:
-        began = self._clock.now_ns()
+    async def _follow(self, record: OrderRecord, request: Follow | Rejoin, clean_until_ns: int) -> None:
+        began, detail = self._clock.now_ns(), ""
         try:
-            running = self._engine.postmaster() is not None
-            if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):
-                await self._must_be_gone(clean_until_ns)
-                running = False
-            self.watchdog.disarm()
-            await self._configure(request.primary, ASYNC_RULE)
-            await (self._engine.reload() if running else self._engine.start())
+            if isinstance(request, Rejoin):
+                detail = await self._rejoin(request, clean_until_ns)
+            else:
+                await self._as_standby(request, clean_until_ns)
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             return
         self._running = True
-        await self._finish(msgspec.structs.replace(record, state="done"), began)
+        await self._finish(msgspec.structs.replace(record, state="done", detail=detail), began)
+
+    async def _as_standby(self, request: Follow, clean_until_ns: int) -> None:
+        running = self._engine.postmaster() is not None
+        if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):
+            await self._must_be_gone(clean_until_ns)
+            running = False
+        self.watchdog.disarm()
+        await self._configure(request.primary, ASYNC_RULE)
+        await (self._engine.reload() if running else self._engine.start())
+
+    async def _rejoin(self, request: Rejoin, clean_until_ns: int) -> str:
+        source, rejoin = (request.primary, request.system_identifier), self._engine.rejoin
+        why_clone = await rejoin.check(*source, clone=request.clone)
+        if self._engine.halted or self._engine.pids():
+            unhurried_ns = self._clock.now_ns() + round(self._c.start_timeout_s * NS)
+            await self._must_be_gone(clean_until_ns if self.could_write else unhurried_ns)
+        self.watchdog.disarm()
+        return await rejoin.run(*source, self._ledger.testimony(), why_clone=why_clone)
 
     # ------------------------------------------------------------ fences of its own
 
@@ -496,5 +494,7 @@ class Fencer:
             held_by=self._engine.where,
             watchdog=str(self.watchdog),
             cannot_lead=self.watchdog.cannot_lead,
+            progress=self._engine.rejoin.progress[:300],
+            unfinished=self._engine.rejoin.unfinished,
             change=self._bell.number,
         )

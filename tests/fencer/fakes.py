@@ -311,6 +311,18 @@ class Call:
 Effect = Literal["start", "promote", "stop", "configure", "reload", "mark"]
 
 
+class NothingToRejoin:
+    """An engine.Rejoining that is never asked to."""
+
+    unfinished, progress = False, ""
+
+    async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
+        raise AssertionError("no test of the model orders a rejoin")
+
+    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+        raise AssertionError("no test of the model orders a rejoin")
+
+
 class SteppedEngine:
     """An engine.Engine over a World, of one fencer process. Each effect goes on step by step, as the test lets it.
 
@@ -322,6 +334,7 @@ class SteppedEngine:
 
     def __init__(self, world: World, clock: DrivenClock, fence_timeout_s: float) -> None:
         self.world = world
+        self.rejoin = NothingToRejoin()
         self._clock = clock
         self._mark_s = 0.15 * fence_timeout_s
         self._halted = False
