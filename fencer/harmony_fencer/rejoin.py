@@ -196,24 +196,30 @@ class Rejoin:
         return ("-D", str(where), "--source-server", conninfo, "--no-ensure-shutdown", "--progress")
 
     async def _rewind(self, primary: str, testimony: bytes, fd: int) -> None:
+        led = False
         if not is_stub(self.data):
-            await self._recover(testimony)
+            led = await self._recover(testimony)
             await self._step_aside()
         self._working = "rewinding"
         arguments = self._rewind_arguments(self.aside, primary)
         more = await self._restoring()
-        await self._base.programs.run(
+        said = await self._base.programs.run(
             "pg_rewind", *arguments, *more, timeout_s=math.inf, watch=self._watch("rewinding"), fds=(fd,)
         )
+        if led and "on the same timeline" in said:
+            raise PostgresError(
+                f"this node and {primary} have both led on one timeline: no fork can be found"
+            )
         await self._furnish(self.aside, primary, testimony, unproven=False)
         await self._put_in_place(self.aside)
 
-    async def _recover(self, testimony: bytes) -> None:
+    async def _recover(self, testimony: bytes) -> bool:
         """pg_rewind wants a cleanly stopped target. A start as a standby of nobody replays all the WAL there is,
-        and never takes standby.signal away, as single-user mode would have to."""
+        and never takes standby.signal away, as single-user mode would have to. Says whether it was a primary."""
         state = await self._base.control("Database cluster state")
+        led = "recovery" not in state
         if state in SHUT_DOWN:
-            return
+            return led
         self._working = "crash recovery"
         log.info("crash recovery before the rewind", state=state)
 
@@ -226,6 +232,7 @@ class Rejoin:
         outcome = await self._base.stop(clean_until_ns=until_ns)
         if not outcome.proven:
             raise PostgresError(f"could not be stopped after crash recovery: {outcome.detail}")
+        return led
 
     async def _restoring(self) -> tuple[str, ...]:
         """Where the user has a restore_command, pg_rewind may fetch from the archive what pg_wal lost."""

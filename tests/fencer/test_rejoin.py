@@ -86,8 +86,11 @@ class Pair:
         top = self.node.data.parent
         return {re.sub(r"\d{8}T.*", "", p.name[5:]): p for p in top.glob("data.*")}
 
-    def diverge(self, *, crash: bool = False) -> None:
-        """n2 is a copy of n1 that leads on a new timeline; n1 then writes what nobody else has."""
+    def diverge(self, *, crash: bool = False, promote: bool = False) -> None:
+        """n2 is a copy of n1 that leads on a new timeline; n1 then writes what nobody else has.
+
+        `promote`: on a new timeline of the same number.
+        """
         node = self.node
         node.start()
         node.make_writable()
@@ -103,12 +106,26 @@ class Pair:
         self.primary._pg_ctl("promote", "-w")
         self.primary.run("INSERT INTO rows SELECT 'new primary' FROM generate_series(1, 1000)")
         self.primary.run("CHECKPOINT")
-        node.make_writable(2, 1)
+        if promote:
+            node.make_writable(2, 1)
+        else:  # as one that was cut off and never stopped
+            node.kill_fencer()
+            (node.data / "standby.signal").unlink()
+            node.start_by_hand()
         with node.connect() as c:
             c.execute("INSERT INTO rows SELECT 'lost' FROM generate_series(1, 1000)")
         if crash:
             node.kill_postgres()
+        elif not promote:
+            argv = [f"{node.template.postgres.bin_dir}/pg_ctl", "stop", "-w", "-D", str(node.data)]
+            run_as(node.template.user, argv, node.template.postgres.library_dir, 30)
+        if not promote:
+            node.start()
         node.fence(2, 2, clean=not crash)
+
+    def logs(self) -> str:
+        """PostgreSQL's own, of n1; and the fencer's."""
+        return (self.node.data / "harmony-postgres.log").read_text()[-2500:] + self.node.log()
 
     def system(self) -> str:
         return str(self.primary.run("SELECT system_identifier FROM pg_control_system()")[0][0])
@@ -164,7 +181,7 @@ def test_a_diverged_standby_is_rewound(pair: Pair) -> None:
     record = pair.rejoin()
     assert record.state == "done", (record, pair.node.log())
     assert "rewound to n2" in record.detail
-    assert "it streams" in record.detail
+    assert "it streams" in record.detail, pair.logs()
     pair.healthy()
     assert pair.beside == {}
     assert "# mine" in (pair.node.data / "pg_hba.conf").read_text()
@@ -177,6 +194,15 @@ def test_a_crashed_primary_recovers_first(pair: Pair) -> None:
     record = pair.rejoin()
     assert record.state == "done", (record, pair.node.log())
     assert "rewound" in record.detail
+    pair.healthy()
+
+
+def test_two_timelines_of_one_number_are_not_mistaken_for_one(pair: Pair) -> None:
+    """O5: pg_rewind sees no fork there, and the standby would stream what does not fit."""
+    pair.diverge(promote=True)
+    record = pair.rejoin()
+    assert record.state == "done", (record, pair.node.log())
+    assert "have both led on one timeline" in record.detail
     pair.healthy()
 
 
@@ -354,4 +380,4 @@ def test_a_fencer_killed_at_any_step_is_taken_up(
     record = pair.rejoin(clone=clone)
     assert record.state == "done", (record, node.log())
     pair.healthy()
-    assert set(pair.beside) <= {".harmony-old-"}
+    assert set(pair.beside) <= {"harmony-old-"}
