@@ -40,6 +40,7 @@ LOCK = "rejoin.lock"
 CONTROL_S = 5.0
 PREFLIGHT_S = 30.0
 STREAM_S = 10.0  # how long it is looked whether the new standby streams
+LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
 KEPT_BYTES = 1_000_000
 SHUT_DOWN = ("shut down", "shut down in recovery")
 _EXCHANGE, _HERE = 2, -100  # renameat2(2): RENAME_EXCHANGE, AT_FDCWD
@@ -392,23 +393,26 @@ class Rejoin:
         await self._tidy()
 
     async def _seen_streaming(self) -> str:
-        """Whether its WAL receiver says so (the process's title). Only then old directories are thrown away."""
+        """Whether its WAL receiver lasts. Only then old directories are thrown away."""
+        seen: dict[int, float] = {}
         with trio.move_on_after(STREAM_S):
-            while not self._streams():
+            while not self._streams(seen):
                 await trio.sleep(0.1)
             await self._change(lambda _: _unlink(self.data / UNPROVEN))
             removed = await self._prune()
             return "it streams" + (f"; removed {', '.join(removed)}" if removed else "")
         return f"it does not stream within {STREAM_S:g} s"
 
-    def _streams(self) -> bool:
+    def _streams(self, seen: dict[int, float]) -> bool:
+        """By the process's title once something came, or as it lives longer than a vain connection would."""
         for pid in self._base.pids():
             try:
                 title = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
-            if title.startswith(b"postgres:") and b"walreceiver" in title and b"streaming" in title:
-                return True
+            if title.startswith(b"postgres:") and b"walreceiver" in title:
+                lasted_s = trio.current_time() - seen.setdefault(pid, trio.current_time())
+                return b"streaming" in title or lasted_s > LASTS_S
         return False
 
     async def _prune(self) -> list[str]:

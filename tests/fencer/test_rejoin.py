@@ -17,7 +17,7 @@ import pytest
 
 from harmony.demo.parts import run_as
 from harmony_fencer import processes, protocol
-from tests.fencer.node import Node, Template, free_port
+from tests.fencer.node import Node, Template, free_port, memory_folder
 
 pytestmark = pytest.mark.real
 
@@ -78,7 +78,7 @@ class Pair:
             },
             start_timeout_s=20,
         )
-        node.set_postgres(wal_keep_size="64MB")
+        node.set_postgres(wal_keep_size="64MB", wal_log_hints="on")
 
     @property
     def beside(self) -> dict[str, Path]:
@@ -164,13 +164,16 @@ class Pair:
 
 
 @pytest.fixture
-def pair(node: Node, template: Template) -> Iterator[Pair]:
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
-    top.chmod(0o755)
-    primary = Primary(top, template)
+def pair(template: Template) -> Iterator[Pair]:
+    tops = [Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder())) for _ in range(2)]
+    for top in tops:
+        top.chmod(0o755)
+    node, primary = Node(tops[0], template), Primary(tops[1], template)
     yield Pair(node, primary)
     primary.stop()
-    shutil.rmtree(top)
+    node.destroy()
+    for top in tops:
+        shutil.rmtree(top)
 
 
 def test_a_diverged_standby_is_rewound(pair: Pair) -> None:
