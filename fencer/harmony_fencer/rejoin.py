@@ -11,12 +11,9 @@ programs speak to the primary.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import math
 import os
 import re
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +28,7 @@ from harmony_fencer.durable import read_small
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
 from harmony_fencer.log import log
+from harmony_fencer.places import exchange, is_mount, move, own_files, size, there, unlink
 from harmony_fencer.programs import PostgresError, Programs
 
 STUB = "harmony.rejoin"  # in what takes the data directory's place
@@ -41,10 +39,7 @@ CONTROL_S = 5.0
 PREFLIGHT_S = 30.0
 STREAM_S = 10.0  # how long it is looked whether the new standby streams
 LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
-KEPT_BYTES = 1_000_000
 SHUT_DOWN = ("shut down", "shut down in recovery")
-_EXCHANGE, _HERE = 2, -100  # renameat2(2): RENAME_EXCHANGE, AT_FDCWD
-_KEPT = re.compile(r".*\.(conf|crt|key|pem|crl)\Z")
 _PROGRESS = re.compile(r"(\d+)/(\d+) kB \((\d+)%\)")
 _NOT_STOPPED = "must be shut down cleanly"  # the last thing that pg_rewind checks: all else was right
 _FOREIGN = "different systems"
@@ -54,7 +49,6 @@ _SOURCE_FAILS = (
     "server closed the connection",
     "timeout expired",
 )
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Base(Protocol):
@@ -131,7 +125,7 @@ class Rejoin:
         Raises PostgresError, OSError; whatever the end, the next run() takes it up.
         """
         try:
-            if _is_mount(self.data):
+            if is_mount(self.data):
                 raise PostgresError(
                     f"{self.data} is a mount point and cannot be moved: put the data directory one level below it "
                     "(PostgreSQL's documentation advises the same), or rejoin by hand with pg_rewind"
@@ -337,7 +331,7 @@ class Rejoin:
         if (self.data / WHOLE).exists():  # put in place: what stands beside was there before
             for place in (self.aside, self.new):
                 await self._put_away(place)
-            await self._change(lambda _: _unlink(self.data / WHOLE))
+            await self._change(lambda _: unlink(self.data / WHOLE))
             return
         if (self.aside / STUB).exists() or not (self.aside / "PG_VERSION").exists():
             await self._remove(self.aside)
@@ -348,14 +342,14 @@ class Rejoin:
 
     async def _put_away(self, place: Path) -> None:
         """Keep what held this node's data; what only held a place, or a copy that never streamed, is removed."""
-        if not _there(place):
+        if not there(place):
             return
         if (place / STUB).exists() or (place / UNPROVEN).exists() or not (place / "PG_VERSION").exists():
             await self._remove(place)
             return
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         target = self.data.with_name(f"{self.data.name}.harmony-old-{now}")
-        await self._change(lambda change: change.act(lambda: _move(place, target)), parent=True)
+        await self._change(lambda change: change.act(lambda: move(place, target)), parent=True)
         log.info("the old data directory is kept", place=str(target))
 
     async def _step_aside(self) -> None:
@@ -364,20 +358,20 @@ class Rejoin:
             change.write(self.aside / STUB, text.encode())
             change.write(self.aside / "standby.signal", b"")
             change.write(self.aside / "PG_VERSION", read_small(self.data / "PG_VERSION", 16))
-            for name, content in _own_files(self.data):
+            for name, content in own_files(self.data):
                 change.write(self.aside / name, content)
 
         await self._change(lambda change: change.act(lambda: self._make(self.aside)), parent=True)
         await self._change(fill)
-        await self._change(lambda change: change.act(lambda: _exchange(self.data, self.aside)), parent=True)
+        await self._change(lambda change: change.act(lambda: exchange(self.data, self.aside)), parent=True)
 
     async def _furnish(self, place: Path, primary: str, testimony: bytes, *, unproven: bool) -> None:
         """A finished directory gets this node's own files and settings, and the mark that it is whole."""
 
         def furnish(change: Change) -> None:
             for name in (WHOLE, UNPROVEN, STUB):
-                _unlink(place / name)
-            for name, content in _own_files(self.data):
+                unlink(place / name)
+            for name, content in own_files(self.data):
                 change.write(place / name, content)
             change.write(place / "standby.signal", b"")
             self._base.settle(change, primary, testimony, place)
@@ -388,7 +382,7 @@ class Rejoin:
         await self._change(furnish)
 
     async def _put_in_place(self, place: Path) -> None:
-        await self._change(lambda change: change.act(lambda: _exchange(self.data, place)), parent=True)
+        await self._change(lambda change: change.act(lambda: exchange(self.data, place)), parent=True)
         log.info("put in place", what=str(place))
         await self._tidy()
 
@@ -398,7 +392,7 @@ class Rejoin:
         with trio.move_on_after(STREAM_S):
             while not self._streams(seen):
                 await trio.sleep(0.1)
-            await self._change(lambda _: _unlink(self.data / UNPROVEN))
+            await self._change(lambda _: unlink(self.data / UNPROVEN))
             removed = await self._prune()
             return "it streams" + (f"; removed {', '.join(removed)}" if removed else "")
         return f"it does not stream within {STREAM_S:g} s"
@@ -422,7 +416,7 @@ class Rejoin:
         limit, total, gone = self._c.rejoin.keep_old_mb * 1_000_000, 0, list[str]()
         for number, place in enumerate(kept):
             if limit and number < self._c.rejoin.keep_old:
-                total += await durable.in_thread(lambda place=place: _size(place))  # type: ignore[misc]
+                total += await durable.in_thread(lambda place=place: size(place))  # type: ignore[misc]
             if number >= self._c.rejoin.keep_old or (limit and total > limit):
                 await self._remove(place)
                 gone.append(place.name)
@@ -445,7 +439,7 @@ class Rejoin:
             os.chown(place, *self._ids, follow_symlinks=False)
 
     async def _remove(self, place: Path) -> None:
-        if not _there(place):
+        if not there(place):
             return
         if place == self.data or not place.name.startswith(self.data.name + ".harmony-"):
             raise AssertionError(f"{place} is not ours to remove")
@@ -455,52 +449,3 @@ class Rejoin:
             "find", str(place), "-xdev", "-mindepth", "1", "-delete", timeout_s=math.inf
         )
         await self._change(lambda change: change.act(place.rmdir), parent=True)
-
-
-def _own_files(data: Path) -> list[tuple[str, bytes]]:
-    """This node's configuration and keys, which pg_rewind and a copy would replace by the primary's."""
-    found = []
-    for entry in os.scandir(data):
-        if _KEPT.match(entry.name) and entry.is_file(follow_symlinks=False):
-            found.append((entry.name, read_small(data / entry.name, KEPT_BYTES)))
-    return found
-
-
-def _there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
-def _is_mount(path: Path) -> bool:
-    return path.is_mount()
-
-
-def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-def _move(place: Path, target: Path) -> None:
-    place.rename(target)
-    durable.REAL.sync_folder(target.parent)
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Swap two names at once. Raises OSError."""
-    if _libc.renameat2(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) != 0:
-        number = ctypes.get_errno()
-        hint = ""
-        if number in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
-            hint = ": this file system cannot exchange two directories (ext4, xfs, btrfs, zfs 2.2 can)"
-        raise OSError(number, f"{os.strerror(number)}{hint}", f"{a} <-> {b}")
-    durable.REAL.sync_folder(a.parent)
-
-
-def _size(place: Path) -> int:
-    total = 0
-    for at, _folders, names in os.walk(place):
-        for name in names:
-            try:
-                found = os.lstat(os.path.join(at, name))  # noqa: PTH118 (many files)
-            except OSError:
-                continue
-            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return total
