@@ -94,6 +94,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     confirms: Count = 0  # the term in which this node, named as the successor, has said: ready
     distrust: str = ""  # why this node does not trust the store
     retiring: bool = False  # its agent was asked to stop
+    progress: str = ""  # of a rejoin
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

@@ -35,6 +35,8 @@ from harmony.core.timing import Timing
 from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
 from harmony.records import CLUSTER_STATE
 
+LASTING = 10  # answers in a row that say `streaming`: it has come back for good
+
 
 def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
     """The view after one event."""
@@ -73,17 +75,38 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSeen():
             if v.order is not None and e.asked_ns < v.order.sent_ns:
                 return v  # asked before our newest order: says nothing of what that did
-            return replace(v, db=e, db_ns=now_ns)
+            return _streaming(replace(v, db=e, db_ns=now_ns), e, now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
-            return _fencer_seen(v, f)
+            return _rejoin_seen(_fencer_seen(v, f), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case OrderRefused():
             if v.order is not None and v.order.generation == e.generation:
                 return replace(v, order=replace(v.order, refused=f"{e.error}: {e.detail}"))
             return v
+
+
+def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
+    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, too."""
+    if e.db == "primary":
+        return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False)
+    streams = v.streams + 1 if e.streaming else 0
+    if streams >= LASTING:
+        v = replace(v, rejoins=0, rejoined=False)
+    if streams > 1:
+        return replace(v, streams=streams, unstreamed_ns=0)
+    return replace(v, streams=streams, unstreamed_ns=v.unstreamed_ns or now_ns)
+
+
+def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
+    """The pause before the next rejoin counts from the end of this one."""
+    if v.order is None or v.order.op != "rejoin" or f.order != v.order.generation:
+        return v
+    if f.order_state == "running":
+        return replace(v, rejoin_ns=now_ns)
+    return replace(v, rejoined=f.order_state == "done")
 
 
 def _fencer_seen(v: View, f: FencerView) -> View:

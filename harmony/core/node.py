@@ -159,14 +159,17 @@ def _act(
             revision = v.revision if action != "create" else 0
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
-        case "fence" | "demote" | "activate" | "follow":
+        case "fence" | "demote" | "activate" | "follow" | "rejoin":
             generation = _next_generation(v)
             op = "fence" if action == "demote" else action
             order = Order(op=op, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
             if action == "demote":
                 order = replace(order, clean=True)
-            if action == "follow":
+            if action in {"follow", "rejoin"}:
                 order = replace(order, primary=target(v, me))
+            if action == "rejoin" and v.cluster is not None:
+                order = replace(order, system_identifier=v.cluster.system_identifier, clone=v.rejoined)
+                v = replace(v, rejoins=v.rejoins + 1, rejoined=False, rejoin_ns=now_ns)
             if action == "activate" and v.cluster is not None:
                 order = replace(
                     order,
@@ -175,6 +178,7 @@ def _act(
                     sync_voters=v.cluster.sync_voters,
                 )
             commands.append(order)
+            v = replace(v, streams=0, unstreamed_ns=0)
             return replace(v, order=SentOrder(generation, op, now_ns), db=None)
 
 
@@ -342,4 +346,5 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         confirms=confirms(v, me, t, now_ns),
         distrust=distrust(v),
         retiring=v.retiring,
+        progress=f.progress if f is not None else "",
     )

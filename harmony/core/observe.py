@@ -14,6 +14,9 @@ from harmony.records import ClusterState, Member, Switchover
 
 FENCE_PAUSE_NS = 200_000_000
 ORDER_PAUSE_NS = 1_000_000_000
+REJOIN_PATIENCE = 6  # times rejoin.after_s, where nothing but silence speaks for a rejoin
+REJOIN_PAUSE_NS = 2_500_000_000  # doubled with each that did not help
+MOST_PAUSE_NS = 300_000_000_000
 ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after this is sent anew
 
 
@@ -221,6 +224,53 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     return True, said and not behind(v, name, me)
 
 
+# ---------------------------------------------------------------- rejoin
+
+
+def unable(v: View, me: Identity, now_ns: int) -> str:
+    """Why PostgreSQL here cannot follow the primary as its data directory is; "": it can, or it is not known."""
+    c, f, db = v.cluster, v.fencer, v.db
+    if c is None or f is None or leads(v, me) != "other":
+        return ""
+    if f.unfinished:
+        return "a rejoin was interrupted here"
+    asked_long = v.unstreamed_ns and now_ns - v.unstreamed_ns >= me.policy.rejoin_after_ns
+    if db is None or db.db != "standby" or f.following != c.primary or not asked_long:
+        return ""
+    if db.timeline < c.timeline:
+        return f"it stays on timeline {db.timeline}, {c.primary} is on {c.timeline}"
+    if db.received_lsn > c.lsn:
+        return f"it has WAL that {c.primary} does not have"
+    if now_ns - v.unstreamed_ns >= REJOIN_PATIENCE * me.policy.rejoin_after_ns:
+        return f"it does not stream from {c.primary}"
+    return ""
+
+
+def rejoin_due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
+    """Whether a rejoin, which destroys what only this node has, may be ordered now.
+
+    Only for a primary that is seen writing, in a term that this node's fencer has not gone beyond.
+    """
+    c, f = v.cluster, v.fencer
+    if c is None or f is None or me.policy.rejoin != "automatic" or leads(v, me) != "other":
+        return False
+    source = v.members.get(c.primary or "")
+    sure = (
+        not stale(v, t, now_ns)
+        and not distrust(v)
+        and v.failures == 0
+        and highest(v)[0] <= c.term
+        and f.active is None
+        and c.status in WRITABLE_STATES
+        and c.system_identifier != ""
+        and source is not None
+        and alive(v, source.node, t, now_ns)
+        and source.db == "primary"
+    )
+    pause_ns = min(REJOIN_PAUSE_NS * 2 ** min(v.rejoins, 20), MOST_PAUSE_NS) if v.rejoins else 0
+    return sure and now_ns - v.rejoin_ns >= pause_ns
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -300,6 +350,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         named=v.successor,
         successor_fit=successor_fit,
         confirmed=confirmed,
+        unable=unable(v, me, now_ns),
+        rejoin_due=rejoin_due(v, me, t, now_ns),
         named_long=v.successor is not None and now_ns - v.named_ns > t.failover_ns,
     )
 

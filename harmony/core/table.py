@@ -17,6 +17,7 @@ Action = Literal[
     "demote",  # a fence that shuts down cleanly, while the lease lasts
     "activate",
     "follow",
+    "rejoin",
     "claim",
     "create",
     "vacate",
@@ -72,6 +73,8 @@ class Observation:
     successor_fit: bool = False  # it could take over
     confirmed: bool = False  # it has read that it is named, has caught up, and says that it is ready
     named_long: bool = False  # it has had its time
+    unable: str = ""  # why PostgreSQL cannot follow the primary as its data directory is
+    rejoin_due: bool = False  # a rejoin may be ordered: the primary is seen writing, and the pause is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,22 @@ def _must_vacate(o: Observation) -> bool:
 
 def _order_why(o: Observation) -> str:
     return f"({o.order_why})" if o.order_why else ""
+
+
+def _rejoins(o: Observation) -> bool:
+    settled = o.order != "running" and o.may_order
+    return o.leads == "other" and not o.stale and o.unable != "" and o.rejoin_due and settled
+
+
+def _cannot_follow(o: Observation) -> bool:
+    under_way = o.order == "running" and o.order_op == "rejoin"
+    return o.leads == "other" and not o.stale and not o.distrust and (o.unable != "" or under_way)
+
+
+def _unable_why(o: Observation) -> str:
+    if o.order == "running" and o.order_op == "rejoin":
+        return "a rejoin is under way"
+    return f"{o.unable} {_order_why(o)}".strip()
 
 
 def _may_resume(o: Observation) -> bool:
@@ -288,7 +307,9 @@ TABLE: tuple[Row, ...] = (
     _row(500, S.YIELDING, "recorded primary is me, fence proven", lambda o: o.leads == "me" and o.fence_proven, S.FENCED, "nobody takes over: leadership is still recorded as ours"),
     _row(502, S.YIELDING, "recorded primary is me", lambda o: o.leads == "me", S.P_FAILED, "leadership is recorded as ours again; proving the fence first", "fence"),
     _row(504, S.YIELDING, "latched", lambda o: o.latched or not o.trusted, S.YIELDING, "latched by an operator, or the fencer's state is untrusted: staying fenced"),
+    _row(505, S.YIELDING, "cannot follow as it is, rejoin due", _rejoins, S.YIELDING, "rewinding or copying anew:", "rejoin", detail=_unable_why),
     _row(506, S.YIELDING, "standby of the right node", lambda o: o.leads in {"other", "vacant"} and o.following_right and o.db == "standby", S.WATCHING, "runs as a standby again: watching"),
+    _row(507, S.YIELDING, "cannot follow as it is", _cannot_follow, S.YIELDING, "PostgreSQL cannot follow as it is:", detail=_unable_why),
     _row(508, S.YIELDING, "not following yet", lambda o: o.leads in {"other", "vacant"} and not o.following_right and _no_order(o), S.YIELDING, "rejoining as a standby", "follow"),
     _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order, S.YIELDING, "not running as a standby: ordering it again", "follow"),
     # -------------------------------------------------------------- replica workflow
@@ -308,7 +329,9 @@ TABLE: tuple[Row, ...] = (
     _row(707, S.WATCHING, "no primary, store distrusted", lambda o: o.distrust != "" and (o.stale or o.leads in {"me", "vacant"}), S.WATCHING, "ALARM, no promotion:", detail=lambda o: o.distrust),
     _row(708, S.WATCHING, "recorded primary is me", lambda o: o.leads == "me" and o.recovered and o.db == "standby" and not o.writing and o.may_claim, S.PROMOTING, "leadership is recorded as ours: claiming a new term", "claim"),
     _row(710, S.WATCHING, "vacancy, eligible", lambda o: o.leads == "vacant" and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the place is vacant and we are eligible: claiming", "claim"),
+    _row(711, S.WATCHING, "cannot follow as it is, rejoin due", _rejoins, S.WATCHING, "rewinding or copying anew:", "rejoin", detail=_unable_why),
     _row(712, S.WATCHING, "primary stale, eligible", lambda o: o.leads == "other" and o.stale and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the primary's heartbeat is stale on both clocks and we are eligible: claiming", "claim"),
+    _row(713, S.WATCHING, "cannot follow as it is", _cannot_follow, S.WATCHING, "PostgreSQL cannot follow as it is:", detail=_unable_why),
     _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow"),
     _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
     _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote:", detail=lambda o: o.eligible_why),

@@ -43,10 +43,16 @@ class Policy:
     maximum_changes: int = 0
     changes_window_s: float = 3600.0
     flap_window_s: float = 600.0
+    rejoin: Literal["automatic", "off"] = "automatic"
+    rejoin_after_s: float = 10.0
 
     @property
     def failback_after_ns(self) -> int:
         return round(self.failback_after_s * NS)
+
+    @property
+    def rejoin_after_ns(self) -> int:
+        return round(self.rejoin_after_s * NS)
 
     @property
     def changes_window_ns(self) -> int:
@@ -151,6 +157,12 @@ class View(msgspec.Struct, frozen=True):
     db: DbSeen | None = None
     db_ns: int = 0
     order: SentOrder | None = None
+    # whether PostgreSQL follows, as a standby, whom it was told to
+    streams: int = 0  # so many answers in a row have said that it streams
+    unstreamed_ns: int = 0  # since when it has not; 0: it streams, or has not said
+    rejoins: int = 0  # ordered since it last streamed for long
+    rejoined: bool = False  # the newest of them was done, and has not helped yet
+    rejoin_ns: int = 0  # when the newest was last seen running, or sent
     postgres_failed: bool = False
 
 

@@ -23,6 +23,9 @@ STANDBY: dict[str, object] = {"granted": False, "db": "standby"}
 STRAY: dict[str, object] = {"granted": False, "db": "down", "postgres_up": False, "following_right": False}
 
 
+UNABLE: dict[str, object] = {"leads": "other", "unable": "it stays on timeline 2, n1 is on 3"}
+
+
 def leader(base: int, state: S, down: S, aside: S) -> list[Example]:
     """Healthy and Leader."""
     return [
@@ -70,7 +73,9 @@ EXAMPLES: list[Example] = [
     (500, S.YIELDING, GONE, S.FENCED, ()),
     (502, S.YIELDING, {}, S.P_FAILED, ("fence",)),
     (504, S.YIELDING, STANDBY | {"leads": "other", "latched": True}, S.YIELDING, ()),
+    (505, S.YIELDING, STRAY | UNABLE | {"rejoin_due": True}, S.YIELDING, ("rejoin",)),
     (506, S.YIELDING, STANDBY | {"leads": "other"}, S.WATCHING, ()),
+    (507, S.YIELDING, STRAY | UNABLE, S.YIELDING, ()),
     (508, S.YIELDING, STRAY | {"leads": "other"}, S.YIELDING, ("follow",)),
     (510, S.YIELDING, STRAY | {"leads": "other", "order": "done", "order_op": "follow"}, S.YIELDING, ("follow",)),
     (600, S.R_INITIALIZING, {"foreign": "another system id"}, S.R_INITIALIZING, ("fatal",)),
@@ -89,7 +94,9 @@ EXAMPLES: list[Example] = [
     (707, S.WATCHING, STANDBY | {"distrust": "x", "stale": True, "eligible": True}, S.WATCHING, ()),
     (708, S.WATCHING, STANDBY | {"leads": "me"}, S.PROMOTING, ("claim",)),
     (710, S.WATCHING, STANDBY | {"leads": "vacant", "eligible": True}, S.PROMOTING, ("claim",)),
+    (711, S.WATCHING, STANDBY | UNABLE | {"rejoin_due": True}, S.WATCHING, ("rejoin",)),
     (712, S.WATCHING, STANDBY | {"stale": True, "eligible": True}, S.PROMOTING, ("claim",)),
+    (713, S.WATCHING, STANDBY | UNABLE, S.WATCHING, ()),
     (714, S.WATCHING, STRAY, S.WATCHING, ("follow",)),
     (716, S.WATCHING, STRAY | {"order": "done", "order_op": "follow"}, S.WATCHING, ("follow",)),
     (718, S.WATCHING, STANDBY | {"stale": True, "eligible_why": "behind"}, S.WATCHING, ()),

@@ -65,7 +65,7 @@ MEANING = {
     "Follow.primary": "the member to stream from, another than this node; null: nobody",
     "Rejoin.generation": _GENERATION,
     "Rejoin.primary": "the member to stream from and to be made equal to, another than this node",
-    "Rejoin.system_identifier": "the cluster's, in decimal: neither this node's data nor the primary's may be another's",
+    "Rejoin.system_identifier": "the cluster's, in decimal: no other one's data is touched or taken",
     "Rejoin.clone": "true: copied anew at once, as a rewind before this did not help",
     "Renew.generation": "of the `activate` whose lease is in force",
     "Renew.deadline_boottime_ns": _DEADLINE + "; an earlier one than that in force changes nothing",
