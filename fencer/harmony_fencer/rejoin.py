@@ -178,7 +178,7 @@ class Rejoin:
                 ) from e
             if "permission denied for function" in said:
                 role = self._c.replication_user
-                return f'{said[-200:]} (GRANT EXECUTE to "{role}" on pg_ls_dir, pg_stat_file, pg_read_binary_file, as pg_rewind(1) says)'
+                return f'{said[-200:]} (GRANT EXECUTE to "{role}" as pg_rewind(1) says)'
             if not said or any(word in said for word in _SOURCE_FAILS):
                 raise PostgresError(
                     f"the primary {primary} cannot be used as a source: {said or e}"[:480]
