@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check bench bench-fence bench-load fuzz test-vm sim clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-fence bench-load fuzz test-vm sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -53,10 +53,21 @@ fuzz: $(STAMP)
 test-vm: $(STAMP)
 	HARMONY_VM=1 $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 
-# More seeds of the simulation than `make test` has: make sim SEEDS=20000
-SEEDS ?= 10000
+# More of the simulation than `make test` has: make sim SEEDS=2000, or make sim HOURS=5000.
+SEEDS ?= 0
+HOURS ?= 5000
 sim: $(STAMP)
-	SEEDS=$(SEEDS) $(BIN)/python -m pytest -n 2 tests/sim
+	SEEDS=$(SEEDS) HOURS=$(HOURS) $(BIN)/python -m pytest -s tests/sim
+
+# Larger bounds of the exhaustive check than `make test` has (docs/checking.md).
+exhaustive: $(STAMP)
+	EXHAUSTIVE=large $(BIN)/python -m pytest -s tests/exhaustive $(PYTEST_ARGS)
+
+# 200,000 simulated hours over all cores (about 9 hours of CPU), with what was covered at the end.
+LONG_HOURS ?= 200000
+FIRST ?= 0
+sim-long: $(STAMP)
+	$(BIN)/python -m tests.sim.replay --hours $(LONG_HOURS) --first $(FIRST)
 
 # Render the documents and scenario texts that tests hold equal to the code.
 rewrite: $(STAMP)

@@ -121,10 +121,13 @@ class Postgres:
             mark = _mark(self._lock_file)
             if self._watched is None or (self._watched.pid, self._watched.mark) != (pid, mark):
                 self._unwatch()
-                self._watched = _Watched(pid, os.pidfd_open(pid), mark, self._changes())
-                if self.postmaster() != pid:
-                    self._unwatch()
-                    return True  # the pidfd may be another program's by now
+                with contextlib.ExitStack() as stack:
+                    fd = os.pidfd_open(pid)
+                    stack.callback(os.close, fd)
+                    if self.postmaster() != pid:
+                        return True  # the pidfd may be another program's by now
+                    stack.pop_all()
+                self._watched = _Watched(pid, fd, mark, self._changes())
                 within_s = min(within_s, PAUSE_S)  # what changed before Changes was there has told nobody
         except ProcessLookupError:
             return True

@@ -1,7 +1,8 @@
 """Read-only SQL questions to the local PostgreSQL, in a thread, one at a time, each with a deadline.
 
 It changes nothing in the database. A question that hangs is left behind, and no other is asked until it
-has returned: so at most one thread is ever lost to a frozen server.
+has returned: so at most one thread is ever lost to a frozen server, and one to a checkpoint, which has a
+connection of its own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Probe:
         self._target = target
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
         self._busy = False
+        self._checkpointing = False
 
     async def ask(self, now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
         if self._busy:
@@ -62,17 +64,8 @@ class Probe:
             self._busy = False
 
     def _query(self, now_ns: int) -> DbSeen | DbSilent:
-        t = self._target
         if self._connection is None:
-            self._connection = psycopg.connect(
-                host=t.socket_dir,
-                port=t.port,
-                user=t.user,
-                dbname=t.dbname,
-                connect_timeout=2,
-                autocommit=True,
-                application_name="harmony-agent",
-            )
+            self._connection = self._connect()
         row = self._connection.execute(_QUESTION).fetchone()
         if row is None:
             return DbSilent("PostgreSQL gave no row")
@@ -88,6 +81,40 @@ class Probe:
             system_identifier=str(system_identifier),
             asked_ns=now_ns,
         )
+
+    def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
+        t = self._target
+        return psycopg.connect(
+            host=t.socket_dir,
+            port=t.port,
+            user=t.user,
+            dbname=t.dbname,
+            connect_timeout=2,
+            autocommit=True,
+            application_name="harmony-agent",
+        )
+
+    async def checkpoint(self, timeout_s: float) -> str:
+        """CHECKPOINT; why it came to nothing, or empty.
+
+        PostgreSQL 15 and newer want membership in pg_checkpoint for it, older ones a superuser.
+        """
+        if self._checkpointing:
+            return "the one before has not returned"
+        with trio.move_on_after(timeout_s):
+            return await trio.to_thread.run_sync(self._checkpoint, abandon_on_cancel=True)
+        return f"not finished within {timeout_s:g} s"
+
+    def _checkpoint(self) -> str:
+        self._checkpointing = True
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                connection.execute("CHECKPOINT")
+        except psycopg.Error as e:
+            return " ".join(str(e).split())[:300]
+        finally:
+            self._checkpointing = False
+        return ""
 
     def close(self) -> None:
         """Drop the connection; the next question makes a new one."""

@@ -21,6 +21,8 @@ from harmony.agent.probe import Probe
 from harmony.config import Config
 from harmony.core.messages import (
     Accepted,
+    Checkpoint,
+    CheckpointDone,
     ClusterSeen,
     Command,
     Connected,
@@ -61,6 +63,7 @@ from harmony.store.interface import Entry, Store, StoreFacts
 
 TICK_S = 0.05
 MAX_EVENTS = 4096
+CHECKPOINT_S = 600.0  # a hand-over waits no longer for it, and goes on
 log = structlog.get_logger("agent")
 
 
@@ -154,6 +157,18 @@ class Shell:
             left = self._timing.heartbeat_interval_s / 2 - (boot_ns() - started) / NS
             await trio.sleep(max(0.05, left))
 
+    async def _checkpoint(self) -> None:
+        started = boot_ns()
+        why = await self._probe.checkpoint(CHECKPOINT_S)
+        took_s = round((boot_ns() - started) / NS, 3)
+        if why:
+            log.warning(
+                "no checkpoint ahead of the hand-over: its pause may be longer", why=why, took_s=took_s
+            )
+        else:
+            log.info("checkpoint ahead of the hand-over", took_s=took_s)
+        self.post(CheckpointDone(why))
+
     # ------------------------------------------------------------ the loop
 
     def _look_at_store(self) -> None:
@@ -196,6 +211,8 @@ class Shell:
                 nursery.start_soon(self._read, command)
             case Refresh():
                 nursery.start_soon(self._refresh, command)
+            case Checkpoint():
+                nursery.start_soon(self._checkpoint)
             case Fatal(why=why):
                 self._fatal = why
             case Remember(marks=marks):

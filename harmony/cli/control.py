@@ -29,7 +29,7 @@ from harmony.records import (
     encode,
 )
 from harmony.store import open_store
-from harmony.store.interface import Store
+from harmony.store.interface import Entry, Store
 
 CONNECT_S = 5.0
 CALL_S = 2.0
@@ -66,10 +66,16 @@ async def change(store: Store, edit: Edit) -> Control:
     raise Impossible(f"not written after {TRIES} tries: {why}")
 
 
-async def _read(store: Store) -> tuple[ClusterState, Control, int]:
+async def cluster_entry(store: Store) -> Entry:
+    """What is stored of cluster_state. Raises Impossible where there is nothing, StoreUnavailable."""
     entry = await store.get(CLUSTER_STATE, timeout_s=CALL_S)
     if entry is None:
         raise Impossible("the cluster has no record yet: no primary was ever elected")
+    return entry
+
+
+async def _read(store: Store) -> tuple[ClusterState, Control, int]:
+    entry = await cluster_entry(store)
     asked = await store.get(CONTROL, timeout_s=CALL_S)
     try:
         cluster = decode_cluster(entry.value)

@@ -15,7 +15,7 @@ import click
 import msgspec
 import trio
 
-from harmony.cli.control import CALL_S, Impossible, change, connected, with_store
+from harmony.cli.control import CALL_S, Impossible, change, cluster_entry, connected, with_store
 from harmony.cli.where import who
 from harmony.config import Config
 from harmony.core.observe import behind_by, best_of, unfit_by
@@ -74,9 +74,7 @@ class Picture:
 
 async def look(store: Store, config: Config) -> Picture:
     """Raises Impossible, StoreUnavailable."""
-    entry = await store.get(CLUSTER_STATE, timeout_s=CALL_S)
-    if entry is None:
-        raise Impossible("the cluster has no record yet: no primary was ever elected")
+    entry = await cluster_entry(store)
     found = {n: await store.get(MEMBER_PREFIX + n, timeout_s=CALL_S) for n in config.members}
     newest = max([entry.created_ns, *(e.created_ns for e in found.values() if e is not None)])
     alive_ns = newest - config.timing.failover_ns

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from harmony.core import register
 from harmony.core.messages import (
     Accepted,
+    CheckpointDone,
     ClusterSeen,
     Connected,
     ControlSeen,
@@ -46,7 +47,7 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case ClusterSeen():
             return _cluster_seen(v, e, me, t, now_ns)
         case MemberSeen():
-            return _member_seen(v, e, me, now_ns)
+            return _member_seen(v, e, me, t, now_ns)
         case ControlSeen():
             if e.revision < v.control_revision or e.record is None:
                 return v
@@ -60,14 +61,16 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case Retiring(hand_over=hand_over):
             return replace(v, retiring=True, hand_over=hand_over)
         case RefreshDone(ok=ok):
-            v = replace(v, refreshing_until_ns=0, refreshed_ns=now_ns if ok else v.refreshed_ns)
-            return v if ok else replace(v, silent_from_ns=now_ns)
+            if ok:
+                return replace(v, refreshing_until_ns=0, refreshed_ns=now_ns)
+            # A store that is not connected fails at once: asked again without a pause, it would spin.
+            return replace(v, refreshing_until_ns=now_ns + register.RETRY_NS, silent_from_ns=now_ns)
         case WriteDone():
             if e.key == CLUSTER_STATE:
                 r, out = register.write_done(v.lead, e.attempt, e.outcome, e.revision, now_ns)
                 return lead_outcome(replace(v, lead=r), out, t, now_ns)
             r, out = register.write_done(v.own, e.attempt, e.outcome, e.revision, now_ns)
-            return own_outcome(replace(v, own=r), out, me, now_ns)
+            return own_outcome(replace(v, own=r), out, me, t, now_ns)
         case ReadFailed(key=key):
             if key == CLUSTER_STATE:
                 return replace(v, lead=register.read_failed(v.lead, now_ns))
@@ -82,6 +85,9 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return _rejoin_seen(_fencer_seen(v, f), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
+        case CheckpointDone():
+            running = v.checkpoint == "running"  # the successor's time is counted from its end
+            return replace(v, checkpoint="done", named_ns=now_ns) if running else v
         case OrderRefused():
             if v.order is not None and v.order.generation == e.generation:
                 return replace(v, order=replace(v.order, refused=f"{e.error}: {e.detail}"))
@@ -147,11 +153,11 @@ def _cluster_seen(v: View, e: ClusterSeen, me: Identity, t: Timing, now_ns: int)
     return lead_outcome(marked(replace(v, lead=r)), out, t, now_ns)
 
 
-def _member_seen(v: View, e: MemberSeen, me: Identity, now_ns: int) -> View:
+def _member_seen(v: View, e: MemberSeen, me: Identity, t: Timing, now_ns: int) -> View:
     if e.name == me.node:
         attempt = e.record.attempt if e.record is not None else ""
         r, out = register.read_done(v.own, attempt, e.revision, ours=True, now_ns=now_ns)
-        v = own_outcome(replace(v, own=r), out, me, now_ns)
+        v = own_outcome(replace(v, own=r), out, me, t, now_ns)
         if e.record is not None and e.stamp_ns != v.own_stamp_ns:
             if e.stamp_ns < v.own_stamp_ns:
                 v = replace(v, silent_from_ns=now_ns)  # the store's clock went back
@@ -205,16 +211,18 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             )
 
 
-def own_outcome(v: View, out: register.Outcome, me: Identity, now_ns: int) -> View:
+def own_outcome(v: View, out: register.Outcome, me: Identity, t: Timing, now_ns: int) -> View:
     """Fold in the end of an exchange on our own member record."""
     leading = is_leading(v, me)
     if v.farewell == "begun" and out is not None:
         v = replace(v, farewell="over")
     match out:
         case Acked():
+            v = replace(v, own_back_ns=0)
             return v if leading else replace(v, failures=0, successes=v.successes + 1)
-        case Failed(why=why):
+        case Failed(why=why, went_back=went_back):
             v = replace(v, silent_from_ns=now_ns)  # the local half counts only while we are acknowledged
+            v = _own_went_back(v, why, t, now_ns) if went_back else replace(v, own_back_ns=0)
             return v if leading else replace(v, failures=v.failures + 1, successes=0, failed_why=why)
         case _:
             return v
@@ -260,6 +268,15 @@ def _compared(v: View, e: ClusterSeen, t: Timing, now_ns: int) -> View:
     )
 
 
+def _own_went_back(v: View, why: str, t: Timing, now_ns: int) -> View:
+    """Nobody else writes our record: what was acknowledged of it is lost, unless an old leader answers for a while."""
+    if v.distrust or not v.own_back_ns:
+        return replace(v, own_back_ns=v.own_back_ns or now_ns)
+    if now_ns - v.own_back_ns <= t.lease_ns:
+        return v
+    return _history(v, f"this node's own record: {why}")
+
+
 def _history(v: View, what: str) -> View:
     return replace(v, distrust=f"the store has lost history: {what}")
 
@@ -285,10 +302,13 @@ def _remembered(v: View, e: Remembered) -> View:
 
 
 def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
-    """An operator takes the store as it is. Who leads and renews keeps all; everybody else looks anew."""
-    v = replace(v, distrust="", went_back_ns=0, may_found=e.create, kept=None)
-    if is_leading(v, me) and now_ns < v.lease_until_ns:
-        return marked(replace(v, marks=Marks(lineage=v.lineage)))
+    """An operator takes the store as it is. Who writes and renews keeps all; everybody else looks anew.
+
+    So does who is promoting: its claim may be among what the store has lost, and another may found meanwhile.
+    """
+    v = replace(v, distrust="", went_back_ns=0, own_back_ns=0, may_found=e.create, kept=None)
+    if v.state in WRITABLE_STATES and is_leading(v, me) and now_ns < v.lease_until_ns:
+        return marked(replace(v, marks=Marks(lineage=v.lineage), own=Register()))
     return replace(
         v,
         marks=Marks(),

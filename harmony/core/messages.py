@@ -187,6 +187,13 @@ class OrderRefused:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointDone:
+    """The checkpoint that was asked for has ended; `why` it came to nothing, where it did."""
+
+    why: str = ""
+
+
 Event = (
     Connected
     | ClusterSeen
@@ -204,6 +211,7 @@ Event = (
     | FencerSeen
     | FencerSilent
     | OrderRefused
+    | CheckpointDone
 )
 
 # ---------------------------------------------------------------- commands
@@ -259,6 +267,14 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Have the database write a checkpoint, so that the clean shutdown has little left to write.
+
+    Always answered with CheckpointDone, if need be after a bound of the shell's.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """A transition or a changed reason, for the operator."""
 
@@ -289,4 +305,4 @@ class Stop:
     why: str
 
 
-Command = Write | Read | Refresh | Order | Renew | Log | Fatal | Remember | Stop
+Command = Write | Read | Refresh | Order | Renew | Checkpoint | Log | Fatal | Remember | Stop

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from harmony.core import register
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
+    Checkpoint,
     Command,
     Event,
     Fatal,
@@ -67,7 +68,7 @@ def step(
     r, out = register.tick(v.lead, now_ns)
     v = lead_outcome(replace(v, lead=r), out, t, now_ns)
     r, out = register.tick(v.own, now_ns)
-    v = own_outcome(replace(v, own=r), out, me, now_ns)
+    v = own_outcome(replace(v, own=r), out, me, t, now_ns)
     fit = preferred_fit(v, me, t, now_ns)
     v = replace(v, preferred_fit_ns=(v.preferred_fit_ns or now_ns) if fit else 0)
     o = observe(v, me, t, now_ns)
@@ -117,7 +118,7 @@ def _apply(
         if v.state in WRITABLE_STATES and "demote" not in d.do:
             v = replace(v, losses=(*v.losses, now_ns)[-MAX_LOSSES:])
         if "demote" not in d.do:
-            v = replace(v, successor=None, request="")
+            v = replace(v, successor=None, request="", checkpoint="")
         if d.row in {406, 808}:
             v = replace(v, postgres_failed=True)
     if d.next is not v.state:
@@ -145,12 +146,14 @@ def _act(
         case "name":
             wish = asked(v)
             request = wish.id if wish is not None else ""
-            return replace(v, successor=o.wanted, request=request, named_ns=now_ns, lead_sent_ns=0)
+            commands.append(Checkpoint())
+            v = replace(v, named_ns=now_ns, checkpoint="running")
+            return replace(v, successor=o.wanted, request=request, lead_sent_ns=0)
         case "unname":
             refused = (v.request, d.why[:500]) if v.request else v.refused
             pause = now_ns + HANDOVER_PAUSES * t.failover_ns
             v = replace(v, refused=refused, handover_pause_until_ns=pause)
-            return replace(v, successor=None, request="", lead_sent_ns=0)
+            return replace(v, successor=None, request="", checkpoint="", lead_sent_ns=0)
         case "refuse":
             wish = asked(v)
             return replace(v, refused=(wish.id, d.why[:500]) if wish is not None else v.refused)

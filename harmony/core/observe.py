@@ -180,19 +180,17 @@ def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, s
     """To whom leadership should be handed over, and why a switchover that was asked for cannot be."""
     if v.state not in WRITABLE_STATES:
         return None, ""
-    reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
-    fit = [n for n, why in reasons.items() if not why]
-    best = best_of([v.members[n] for n in fit])
     wish = asked(v)
-    if wish is not None:
-        to = wish.to or best
-        if to in fit:
+    if wish is not None or (v.retiring and v.hand_over):
+        reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
+        fit = [n for n, why in reasons.items() if not why]
+        best = best_of([v.members[n] for n in fit])
+        to = wish.to or best if wish is not None else best
+        if to in fit or wish is None:
             return to, ""
         if to is None:
             return None, "; ".join(reasons.values()) or "there is no other member"
         return None, reasons.get(to, f"{to} is {'leading already' if to == me.node else 'no member'}")
-    if v.retiring and v.hand_over:
-        return best, ""
     if me.policy.failback == "automatic" and not distrust(v) and not stopped(v, me):
         held = v.preferred_fit_ns and now_ns - v.preferred_fit_ns >= me.policy.failback_after_ns
         if held and now_ns >= v.handover_pause_until_ns:
@@ -215,13 +213,20 @@ def confirms(v: View, me: Identity, t: Timing, now_ns: int) -> int:
     return c.term if fit else 0
 
 
-def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, bool]:
-    """Of the successor that we have named: whether it could take over, and whether it has said so."""
+def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, bool, str]:
+    """Of the successor that we have named: whether it could take over, has said so, and what is missing."""
     c, name = v.cluster, v.successor
-    if c is None or name is None or unfit(v, name, t, now_ns):
-        return False, False
+    if c is None or name is None:
+        return False, False, ""
+    why = unfit(v, name, t, now_ns)
+    if why:
+        return False, False, why
     said = c.successor == name and v.members[name].confirms == c.term
-    return True, said and not behind(v, name, me)
+    # Without it the shutdown would write all that is dirty while nobody can write. Who is stopped has no time for it.
+    ready = v.checkpoint == "done" or v.retiring
+    lag = behind(v, name, me)
+    waiting = lag or ("" if said else f"{name} has not said that it is ready")
+    return True, said and ready and not lag, waiting
 
 
 # ---------------------------------------------------------------- rejoin
@@ -300,7 +305,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         )
     up = f is not None and f.postgres_up
     to, why_not = wanted(v, me, t, now_ns)
-    successor_fit, confirmed = _successor(v, me, t, now_ns)
+    successor_fit, confirmed, successor_why = _successor(v, me, t, now_ns)
     return Observation(
         state=v.state,
         leads=who,
@@ -350,9 +355,10 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         named=v.successor,
         successor_fit=successor_fit,
         confirmed=confirmed,
+        successor_why=successor_why,
+        named_long=v.successor is not None and v.checkpoint == "done" and now_ns - v.named_ns > t.failover_ns,
         unable=unable(v, me, now_ns),
         rejoin_due=rejoin_due(v, me, t, now_ns),
-        named_long=v.successor is not None and now_ns - v.named_ns > t.failover_ns,
     )
 
 

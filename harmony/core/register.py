@@ -53,6 +53,7 @@ class Lost:
 @dataclass(frozen=True, slots=True)
 class Failed:
     why: str
+    went_back: bool = False  # the store shows an older value than it has acknowledged
 
 
 Outcome = Acked | Lost | Failed | None
@@ -99,7 +100,8 @@ def read_done(
     """Fold in what a read (or the watch) shows. `ours`: this node wrote that value, whichever attempt."""
     if r.revision is not None and revision < r.revision:
         if r.busy == "read":
-            return replace(_end(r)), Failed(f"the store went back from revision {r.revision} to {revision}")
+            why = f"the store went back from revision {r.revision} to {revision}"
+            return _end(r), Failed(why, went_back=True)
         return r, None
     newer = r.revision is None or revision > r.revision
     if not r.running:

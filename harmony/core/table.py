@@ -72,6 +72,7 @@ class Observation:
     named: str | None = None  # the successor that we have named
     successor_fit: bool = False  # it could take over
     confirmed: bool = False  # it has read that it is named, has caught up, and says that it is ready
+    successor_why: str = ""  # what it lacks
     named_long: bool = False  # it has had its time
     unable: str = ""  # why PostgreSQL cannot follow the primary as its data directory is
     rejoin_due: bool = False  # a rejoin may be ordered: the primary is seen writing, and the pause is over
@@ -240,9 +241,9 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             "successor unfit, or silent for failover_timeout",
             lambda o: o.named is not None and (o.named_long or not o.successor_fit),
             state,
-            "the hand-over is given up, leading on: not ready in time, or not fit any more:",
+            "the hand-over is given up, leading on:",
             "unname",
-            detail=lambda o: str(o.named),
+            detail=lambda o: o.successor_why,
         ),
         _row(
             base + 16,

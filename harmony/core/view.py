@@ -140,6 +140,7 @@ class View(msgspec.Struct, frozen=True):
     request: str = ""
     refused: tuple[str, str] | None = None
     named_ns: int = 0
+    checkpoint: Literal["", "running", "done"] = ""  # ahead of the demotion
     handover_pause_until_ns: int = 0
     preferred_fit_ns: int = 0  # since when the preferred primary could take over; 0: it could not
     # whether the store is what it was
@@ -148,6 +149,7 @@ class View(msgspec.Struct, frozen=True):
     marks: Marks = Marks()
     kept: Marks | None = Marks()  # what the disk was last asked to keep; None: what it holds counts no more
     kept_ns: int = 0
+    own_back_ns: int = 0  # since when our own record is an older one than was acknowledged; 0: it is not
     went_back_ns: int = 0  # since when reads have shown less than the marks; 0: they do not
     distrust: str = ""  # for good, until an operator accepts
     may_found: bool = False  # an operator lets this node found the cluster anew in an empty store

@@ -37,6 +37,9 @@ unix_socket_directories = '{socket_dir}'
 CONTENT = """
 CREATE ROLE harmony LOGIN;
 GRANT pg_monitor TO harmony;
+DO $$BEGIN
+  IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'pg_checkpoint') THEN GRANT pg_checkpoint TO harmony; END IF;
+END$$;
 CREATE ROLE replicator LOGIN REPLICATION;
 GRANT EXECUTE ON FUNCTION pg_ls_dir(text, boolean, boolean) TO replicator;
 GRANT EXECUTE ON FUNCTION pg_stat_file(text, boolean) TO replicator;

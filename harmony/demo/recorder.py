@@ -95,6 +95,11 @@ class Recorders:
         for recorder in self.all():
             recorder.poll()
 
+    def acked_at(self, port: int, since_ns: int) -> int:
+        """The writer's acknowledgements by the node on this port, of rows sent since then; reads what is new."""
+        self.poll()
+        return sum(a.port == port and a.sent_ns >= since_ns for a in self.writer.acks)
+
     def stop(self) -> None:
         """End all clients; harmless when repeated."""
         for recorder in self.all():

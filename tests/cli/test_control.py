@@ -113,8 +113,11 @@ name = "n1"
 [members]
 n1.host = "10.0.0.1"
 n2.host = "10.0.0.2"
+n3.host = "10.0.0.3"
 [store]
 urls = ["{url}"]
+[timing]
+preset = "fast"
 [postgresql]
 data_dir = "/nowhere"
 """

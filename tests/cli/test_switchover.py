@@ -11,6 +11,7 @@ from harmony.config import Config, load
 from harmony.core.timing import PRESETS
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, encode
 from harmony.store.memory import MemoryServer, MemoryStore
+from tests.cli.test_control import CONFIG
 from tests.core.helpers import cluster, member
 
 NAMES = ("n1", "n2", "n3")
@@ -82,25 +83,7 @@ def test_it_waits_longer_than_the_leader_gives_a_successor(name: str) -> None:
 @pytest.fixture
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     file = tmp_path_factory.mktemp("c") / "harmony.toml"
-    file.write_text(
-        """
-[cluster]
-id = "c1"
-preferred_primary = "n1"
-[node]
-name = "n1"
-[members]
-n1.host = "10.0.0.1"
-n2.host = "10.0.0.2"
-n3.host = "10.0.0.3"
-[store]
-urls = ["nats://127.0.0.1:1"]
-[timing]
-preset = "fast"
-[postgresql]
-data_dir = "/nowhere"
-"""
-    )
+    file.write_text(CONFIG.format(cluster="c1", url="nats://127.0.0.1:1"))
     return load(str(file))
 
 

@@ -7,14 +7,17 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from harmony.core.fold import fold
 from harmony.core.messages import (
     Accepted,
     ClusterSeen,
+    Command,
     ControlSeen,
     Event,
     Marks,
     MemberSeen,
     Order,
+    Read,
     RefreshDone,
     Remember,
     Remembered,
@@ -95,6 +98,39 @@ def test_a_stream_made_anew() -> None:
     v = first(Remembered(KNOWN), StoreSeen("M", ""), seen(cluster(), 60))
     assert "made anew" in distrust(v)
     assert not distrust(first(Remembered(KNOWN), StoreSeen("L", ""), seen(cluster(), 60)))
+
+
+def own_record_at(v: View, revision: int, seconds: float, start: int) -> View:
+    """The store refuses to replace what we know of our own record, and shows it at `revision`, each time anew."""
+    commands: list[Command] = []
+    for i in range(round(seconds * NS) // TICK):
+        events: list[Event] = [fencer(), seen(cluster(), 50)]
+        for c in commands:
+            if isinstance(c, Write) and c.key == "member.n2":
+                events.append(WriteDone(c.key, c.attempt, "refused"))
+            if isinstance(c, Read) and c.key == "member.n2":
+                events.append(MemberSeen("n2", member("n2"), revision, EPOCH))
+        v, commands = step(v, events, ME, FAST, start + i * TICK)
+    return v
+
+
+def test_an_own_record_that_went_back_is_distrust() -> None:
+    """I2: only member records were lost, cluster_state not: acknowledged writes are gone all the same.
+
+    Else no heartbeat of this node would ever succeed again, nobody would say why, and there were nothing to accept.
+    """
+    v = run(first(), 0.5, fencer(), seen(cluster(), 50), MemberSeen("n2", None, 0, 0))
+    known = msgspec.structs.replace(v, own=msgspec.structs.replace(v.own, revision=70))
+    v = own_record_at(known, 60, FAST.lease_s - 0.5, T0 + NS)
+    assert not distrust(v), "an old leader may answer for that long"
+    v = own_record_at(v, 60, 3, T0 + 4 * NS)
+    assert "own record: the store went back from revision 70 to 60" in distrust(v)
+    v, _ = step(v, [Accepted(create=False)], ME, FAST, T0 + 10 * NS)
+    v = run(
+        v, 1, fencer(), seen(cluster(), 50), MemberSeen("n2", member("n2"), 60, EPOCH), start=T0 + 10 * NS
+    )
+    assert not distrust(v)
+    assert v.failures == 0
 
 
 def test_damaged_memory_is_distrust() -> None:
@@ -212,6 +248,19 @@ def test_an_acceptance_is_kept_on_disk_also_where_there_is_nothing_to_keep(creat
     assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks()]
     _, commands = step(v, [], ME, FAST, T0 + 2 * NS)
     assert not [c for c in commands if isinstance(c, Remember)]
+
+
+@pytest.mark.parametrize("state", [State.PROMOTING, State.LEADER])
+def test_acceptance_while_promoting_forgets_the_claim(state: State) -> None:
+    """I1: the store may have lost the claim, and another found meanwhile; only who writes already keeps all.
+
+    Seed 170 of the simulation: n3 activated its lost claim after the acceptance, beside the founder.
+    """
+    v = first(fencer(), seen(cluster(term=2, primary="n2", primary_fencer_id="id-n2"), 40))
+    v = msgspec.structs.replace(v, state=state, lease_until_ns=T0 + 9 * NS, distrust="made anew")
+    v = fold(v, Accepted(create=False), ME, FAST, T0 + NS)
+    assert not distrust(v)
+    assert (v.cluster is None, v.lease_until_ns == 0) == (state is State.PROMOTING, state is State.PROMOTING)
 
 
 def test_founding_anew_takes_an_operators_word() -> None:

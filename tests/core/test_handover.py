@@ -8,7 +8,18 @@ import msgspec
 import pytest
 
 from harmony.core.candidate import Standing, judge
-from harmony.core.messages import ControlSeen, Event, MemberSeen, Order, Retiring, Stop, Write, WriteDone
+from harmony.core.messages import (
+    Checkpoint,
+    CheckpointDone,
+    ControlSeen,
+    Event,
+    MemberSeen,
+    Order,
+    Retiring,
+    Stop,
+    Write,
+    WriteDone,
+)
 from harmony.core.node import initial, step
 from harmony.core.observe import confirms
 from harmony.core.states import State
@@ -57,6 +68,7 @@ class Leading:
         self.stop: Stop | None = None
         self.writable = True
         self.deaf = False  # nothing is answered
+        self.checkpoints, self.checkpointed = 0, True
         self.own: Member | None = None
         self.do(0.1, seen(self.record, 50), MemberSeen(node, None, 0, 0))
 
@@ -86,6 +98,9 @@ class Leading:
                             self.own = record
                     case Order():
                         self.orders.append(c)
+                    case Checkpoint():
+                        self.checkpoints += 1
+                        queue += [CheckpointDone()] if self.checkpointed else []
                     case Stop():
                         self.stop = self.stop or c
                     case _:
@@ -133,6 +148,41 @@ def test_a_switchover_step_by_step() -> None:
     assert c.record.primary is None
     assert (c.record.successor, c.record.clean, c.record.lsn) == ("n3", True, 2000)
     assert c.record.term == 3
+
+
+def test_a_checkpoint_comes_before_the_demotion() -> None:
+    """W3: else the shutdown writes all that is dirty while nobody can write. The leader leads on meanwhile."""
+    c = Leading()
+    c.checkpointed = False
+    c.ask("n3")
+    c.say("n3", confirms=3)
+    c.do(5 * FAST.failover_timeout_s)
+    assert (c.checkpoints, c.orders, c.record.successor) == (1, [], "n3")
+    c.do(0.2, CheckpointDone("permission denied"))
+    assert [o.op for o in c.orders] == ["fence"]
+
+
+def test_a_successor_has_its_time_after_the_checkpoint() -> None:
+    """W3."""
+    c = Leading()
+    c.checkpointed = False
+    c.ask("n3")
+    c.do(2 * FAST.failover_timeout_s)
+    assert c.record.successor == "n3"
+    c.do(FAST.failover_timeout_s - 0.2, CheckpointDone())
+    assert c.record.successor == "n3"
+    c.do(1)
+    assert c.record.successor is None
+
+
+def test_who_is_stopped_waits_for_no_checkpoint() -> None:
+    """O1: systemd does not wait for ever."""
+    c = Leading()
+    c.checkpointed = False
+    c.do(0.2, Retiring(hand_over=True))
+    c.say(str(c.record.successor), confirms=3)
+    c.do(0.3)
+    assert [o.op for o in c.orders] == ["fence"]
 
 
 def test_whoever_confirms_and_lags_is_waited_for() -> None:
@@ -199,6 +249,7 @@ def test_a_successor_that_does_not_confirm_is_given_up() -> None:
     c.do(FAST.failover_timeout_s + 1)
     assert c.record.successor is None
     assert c.record.refused is not None
+    assert c.record.refused[1].endswith("n3 has not said that it is ready")
     assert c.view.state is State.HEALTHY
     assert not c.orders
 

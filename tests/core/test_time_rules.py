@@ -14,6 +14,7 @@ from harmony.core.messages import (
     FencerSeen,
     MemberSeen,
     Order,
+    Refresh,
     RefreshDone,
     Renew,
     Write,
@@ -21,6 +22,7 @@ from harmony.core.messages import (
 )
 from harmony.core.node import initial, step
 from harmony.core.observe import observe, stale
+from harmony.core.register import RETRY_NS
 from harmony.core.states import State
 from harmony.core.timing import NS, PRESETS, Timing
 from harmony.core.view import SentOrder, View
@@ -83,6 +85,16 @@ def test_a_pause_of_our_own_proves_no_silence() -> None:
     v, commands = step(v, [fencer(), own(30.0, 99), standby(now)], ME, FAST, now)
     assert not stale(v, FAST, now)
     assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+
+
+def test_a_refresh_that_fails_at_once_is_not_asked_again_at_once() -> None:
+    """Found by tests/exhaustive: a store that is not connected fails without delay, and the agent would spin."""
+    v, commands = step(initial(ME), [fencer()], ME, FAST, T0)
+    assert Refresh(FAST.timeout_ns) in commands
+    v, commands = step(v, [RefreshDone(ok=False)], ME, FAST, T0 + 1)
+    assert Refresh(FAST.timeout_ns) not in commands
+    _, commands = step(v, [], ME, FAST, T0 + 1 + RETRY_NS)
+    assert Refresh(FAST.timeout_ns) in commands
 
 
 def leader() -> View:

@@ -50,9 +50,7 @@ class Running:
         )
 
     def acks_by(self, name: str, since_ns: int) -> int:
-        self.recorders.poll()
-        port = self.cluster.nodes[name].port
-        return sum(a.port == port and a.sent_ns >= since_ns for a in self.recorders.writer.acks)
+        return self.recorders.acked_at(self.cluster.nodes[name].port, since_ns)
 
     def record(self, name: str) -> ClusterState:
         reply = ask_status(self.cluster.nodes[name].folder / "run" / "agent" / "agent.sock", 2.0)
@@ -112,6 +110,8 @@ def test_a_switchover_and_the_way_back(running: Running) -> None:
     code, text = running.harmonyctl("n3", "switchover", "--to", "n2")
     assert (code, "n2 leads in term 2" in text) == (0, True), text
     running.until("n2 accepts writes", lambda: running.acks_by("n2", began) > 20)
+    log = (running.cluster.nodes["n1"].folder / "node.log").read_text()
+    assert log.index("checkpoint ahead of the hand-over") < log.index("demoting for n2")
     assert running.record("n3").primary == "n2"
     assert running.record("n3").changes == (), "a hand-over is no failover"
     back = boottime_ns()

@@ -828,6 +828,19 @@ async def test_the_watch_wakes_up_when_a_standby_is_promoted_by_hand(node: Node)
 
 
 @by_hand
+def test_a_running_primary_is_seen_behind_its_mark(node: Node) -> None:
+    """I1: standby.signal says what the next start will be; what runs is asked of the postmaster."""
+    node.start()
+    node.make_writable()
+    beside = Postgres(load(str(node.config)), lasting=False)
+    (node.data / "standby.signal").touch()
+    assert beside.is_standby()
+    assert beside.could_write()
+    node.follow(1, 2)
+    assert not beside.could_write()
+
+
+@by_hand
 def test_standby_signal_removed_while_down_is_written_again(node: Node) -> None:
     """I1: also after a fence that a full disk kept from writing it."""
     node.start()

@@ -1,0 +1,213 @@
+"""A model of PostgreSQL on one host, of streaming replication, and of the clients that write inside each host.
+
+WAL is a tree of branches: a promotion begins a branch with the next timeline *number* that this node knows of, so
+two nodes can begin two branches with one number, as in real life. A position on a branch stands for all before it.
+
+An acknowledged commit (synchronous) is one that `count` of the voters have flushed, as the primary learned while
+it still ran. It decides nothing and fences nothing: who starts, stops and promotes it is the fencer's model.
+What a real PostgreSQL could also do and this one does not: lose what it has flushed, or stream from a standby.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from tests.sim.node import Host
+
+Mode = Literal["down", "standby", "primary"]
+CHECKPOINT = 120  # bytes of a shutdown checkpoint's record
+
+
+class Branch:
+    """WAL from `begin` on, written by one primary after one promotion."""
+
+    __slots__ = ("begin", "parent", "timeline", "who")
+
+    def __init__(self, timeline: int, parent: Branch | None, begin: int, who: str) -> None:
+        self.timeline, self.parent, self.begin, self.who = timeline, parent, begin, who
+
+
+def reaches(branch: Branch | None, end: int, other: Branch, lsn: int) -> bool:
+    """Whether WAL that ends on `branch` at `end` holds `other` up to `lsn`."""
+    while branch is not None:
+        if branch is other:
+            return end >= lsn
+        end = min(end, branch.begin)
+        branch = branch.parent
+    return False
+
+
+class Postgres:
+    """One data directory and, unless it is down, its processes."""
+
+    def __init__(self, host: Host, root: Branch) -> None:
+        self.host = host
+        self.mode: Mode = "down"
+        self.branch, self.end = root, 1000
+        self.following: str | None = None
+        self.signal = False  # standby.signal
+        self.run = 0  # of its processes: what was begun for older ones means nothing
+        self.halted = False  # told to freeze
+        self.frozen = False  # and frozen
+        self.closing = False  # a clean shutdown has ended its sessions
+        self.clinging = 0  # faults: its processes cannot be killed
+        self.count = 0
+        self.voters: tuple[str, ...] = ()
+        self.flushed: dict[str, int] = {}
+        self.term = 0  # of the generation that made it writable
+        self.apart_ns = 0  # since when it cannot stream from whom it follows, having other WAL
+
+    @property
+    def gone(self) -> bool:
+        """No process is left."""
+        return self.mode == "down"
+
+    @property
+    def accepting(self) -> bool:
+        """Whether a client that is here can commit something at this moment."""
+        host = self.host
+        return self.mode == "primary" and not (self.frozen or self.closing or host.paused) and host.up
+
+    @property
+    def could_write(self) -> bool:
+        return not self.signal or self.mode == "primary"
+
+    @property
+    def where(self) -> str:
+        return f"timeline {self.branch.timeline} of {self.branch.who}, position {self.end}"
+
+    def has(self, branch: Branch, lsn: int) -> bool:
+        return reaches(self.branch, self.end, branch, lsn)
+
+    # ------------------------------------------------------------ what is done to it
+
+    def start(self, following: str | None) -> None:
+        """As a standby: it never starts otherwise (ADR 002)."""
+        self.run += 1
+        self.mode, self.following, self.signal = "standby", following, True
+        self.halted = self.frozen = self.closing = False
+        self.apart_ns = 0
+        self.host.world.checks.look(self.host)
+
+    def die(self) -> None:
+        """All of its processes end."""
+        self.run += 1
+        if self.mode == "primary" and self.accepting:
+            self.write()
+        self.mode = "down"
+        self.halted = self.frozen = self.closing = False
+        self.host.world.checks.look(self.host)
+
+    def promote(self, term: int) -> None:
+        """It becomes writable."""
+        self.branch = Branch(self.branch.timeline + 1, self.branch, self.end, self.host.name)
+        self.end += 100
+        self.mode, self.signal, self.following = "primary", False, None
+        self.flushed, self.term = {}, term
+        world = self.host.world
+        world.checks.activated(self.host, term)
+        world.checks.look(self.host)
+        world.say(f"{self.host.name} WRITABLE in term {term}, timeline {self.branch.timeline}")
+        self.write()
+
+    def freeze(self) -> None:
+        """No process of it runs any more."""
+        if self.accepting:
+            self.write()
+            self.host.world.say(f"{self.host.name} PostgreSQL accepts no more writes (frozen)")
+        self.frozen = True
+        self.host.world.checks.look(self.host)
+
+    def close(self) -> None:
+        """A clean shutdown has ended all sessions."""
+        if self.accepting:
+            self.write()
+            self.host.world.say(f"{self.host.name} PostgreSQL accepts no more writes (shutting down)")
+        self.closing = True
+        self.host.world.checks.look(self.host)
+
+    def shut_down(self) -> int | None:
+        """A clean shutdown ends: what streams from it gets all. Where its checkpoint begins, of a primary."""
+        lsn: int | None = None
+        if self.mode == "primary":
+            lsn = self.end
+            self.end += CHECKPOINT
+            for other in self.host.world.hosts.values():
+                if other.pg.streams_from(self):
+                    other.pg.receive(self, self.branch, self.end)
+        self.die()
+        return lsn
+
+    # ------------------------------------------------------------ replication and clients
+
+    def streams_from(self, primary: Postgres) -> bool:
+        """Whether WAL can flow at this moment."""
+        here, there = self.host, primary.host
+        return (
+            self.mode == "standby"
+            and self.following == there.name
+            and not self.frozen
+            and primary.mode == "primary"
+            and not primary.frozen
+            and here.up
+            and there.up
+            and not (here.paused or there.paused)
+            and here.world.network.replicates(here.name, there.name)
+            and reaches(primary.branch, primary.end, self.branch, self.end)
+        )
+
+    @property
+    def streaming(self) -> bool:
+        source = self.host.world.hosts.get(self.following or "")
+        return source is not None and self.streams_from(source.pg)
+
+    def receive(self, primary: Postgres, branch: Branch, end: int) -> None:
+        """WAL up to `end` was flushed here; the primary learns it if it still runs."""
+        if self.mode != "standby" or self.following != primary.host.name or self.frozen:
+            return
+        if not reaches(branch, end, self.branch, self.end):
+            return
+        self.branch, self.end = branch, end
+        if primary.branch is branch and primary.accepting and self.host.name in primary.voters:
+            primary.flushed[self.host.name] = end
+            if primary.count:
+                ranked = sorted(primary.flushed.values(), reverse=True)
+                if len(ranked) >= primary.count:
+                    self.host.world.checks.acknowledged(branch, ranked[primary.count - 1])
+
+    def write(self) -> None:
+        """A client here commits, and the WAL goes out to whoever streams."""
+        host = self.host
+        if not self.accepting:
+            return
+        world = host.world
+        self.end += host.rng.randrange(40, 400)
+        for other in world.hosts.values():
+            if other is not host and other.pg.streams_from(self):
+                delay = host.rng.randrange(1 + world.setting.latency_ns * 2)
+                world.at(delay, self._arrive, other, other.boots, self.branch, self.end)
+
+    def _arrive(self, other: Host, boots: int, branch: Branch, end: int) -> None:
+        if other.boots != boots or not other.up:
+            return
+        if other.paused:
+            other.backlog.append(partial(other.pg.receive, self, branch, end))
+        elif other.world.network.replicates(other.name, self.host.name):
+            other.pg.receive(self, branch, end)
+
+    def rejoin(self, patience_ns: int) -> None:
+        """An operator clones anew what has other WAL than its primary, after some time."""
+        source = self.host.world.hosts.get(self.following or "")
+        if self.mode != "standby" or source is None or not source.pg.accepting or self.host.paused:
+            return
+        if reaches(source.pg.branch, source.pg.end, self.branch, self.end):
+            self.apart_ns = 0
+        elif not self.apart_ns:
+            self.apart_ns = self.host.world.now
+        elif self.host.world.now - self.apart_ns > patience_ns and self.host.world.network.replicates(
+            self.host.name, source.name
+        ):
+            self.branch, self.end, self.apart_ns = source.pg.branch, source.pg.end, 0
+            self.run += 1
