@@ -53,6 +53,7 @@ class Facts:
     newest: OrderRecord | None
     active: Generation | None
     lease_deadline_ns: int
+    unfinished: bool = False  # the data directory is being rewound, or was when that was interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,8 @@ def _order(f: Facts, r: Activate | Fence | Follow | Rejoin, now_ns: int) -> Verd
     if isinstance(r, Activate) and not set(r.sync.voters) <= f.members - {f.node}:
         unknown = sorted(set(r.sync.voters) - (f.members - {f.node}))
         return Refusal("bad_message", f"cannot wait for {unknown}: not other configured members", f.highest)
+    if isinstance(r, Activate) and f.unfinished:
+        return Refusal("unfinished", "a rejoin was interrupted here; only another can end it", f.highest)
     if isinstance(r, Rejoin) and f.active is not None:
         return Refusal("active", "this node leads under a lease; fence it first", f.highest)
     if (

@@ -19,7 +19,7 @@ from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, 
 from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
-from harmony_fencer.engine import ASYNC_RULE, Engine, Outcome, Parts, look
+from harmony_fencer.engine import Engine, Outcome, Parts, look
 from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, explain
@@ -44,9 +44,9 @@ from harmony_fencer.protocol import (
     SelfFence,
     Status,
     StatusRequest,
-    SyncRule,
     Unfence,
 )
+from harmony_fencer.standby import Standby
 from harmony_fencer.watchdog import Policy, WatchdogError
 
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
@@ -75,6 +75,7 @@ class Fencer:
         self._starts = 0
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
+        self._standby = Standby(config, self, self._engine, self._clock, self.watchdog, self._must_be_gone)
         # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
         # died, may still complete: standby.signal alone does not prove that nothing can write. Nor does a
         # newer order that was accepted after it and never carried out.
@@ -137,7 +138,7 @@ class Fencer:
             while self._active is not None or (look(self._engine)[0] and self.could_write):
                 await self.fence_by_itself("the fencer was asked to stop", clean=True)
                 await self._effects.end(cancel=False)
-            await self._effects.end(cancel=False)
+            await self._effects.end(cancel=not self.engaged)
         self.watchdog.disarm()
 
     def orphaned(self) -> None:
@@ -147,7 +148,7 @@ class Fencer:
     @property
     def idle(self) -> bool:
         """No lease and nothing under way: an orphan may end."""
-        return self._active is None and not self._effects.busy and not self._accepting.locked()
+        return self._active is None and not self.engaged and not self._accepting.locked()
 
     # ------------------------------------------------------------ what the guard looks at
 
@@ -168,6 +169,11 @@ class Fencer:
     @property
     def busy(self) -> bool:
         return self._effects.busy
+
+    @property
+    def engaged(self) -> bool:
+        """At work on what has to come to its end. A rejoin may take hours, and may be left at any moment."""
+        return self._effects.busy and not self._standby.rejoining
 
     def saw(self, *, running: bool, started: bool = False) -> None:
         """What the watch over the postmaster has seen."""
@@ -225,6 +231,7 @@ class Fencer:
             newest=self._order,
             active=self._active,
             lease_deadline_ns=self._deadline_ns,
+            unfinished=self._engine.rejoin.unfinished,
         )
 
     def _renew(self, request: Renew, peer: Peer) -> Reply:
@@ -358,9 +365,6 @@ class Fencer:
         if not outcome.proven:
             await self._until_proven(f"the fence {record.generation} was not proven", 0)
 
-    async def _configure(self, primary: str | None, sync: SyncRule) -> None:
-        await self._engine.configure(primary, sync, self._ledger.testimony())
-
     async def _must_be_gone(self, clean_until_ns: int = 0) -> None:
         """Before a start: what is half stopped, orphaned or writable is stopped whole. Raises PostgresError."""
         outcome = await self._stop(clean_until_ns)
@@ -375,7 +379,7 @@ class Fencer:
             if self._engine.halted or (self._engine.pids() and self._engine.postmaster() is None):
                 await self._must_be_gone()
             self._may_write = True
-            await self._configure(None, request.sync)
+            await self._engine.configure(None, request.sync, self._ledger.testimony())
             if self._engine.postmaster() is None:
                 await self._engine.start()
             else:
@@ -400,32 +404,14 @@ class Fencer:
         began, detail = self._clock.now_ns(), ""
         try:
             if isinstance(request, Rejoin):
-                detail = await self._rejoin(request, clean_until_ns)
+                detail = await self._standby.rejoin(request, self._ledger, clean_until_ns)
             else:
-                await self._as_standby(request, clean_until_ns)
+                await self._standby.follow(request, self._ledger, clean_until_ns)
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             return
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done", detail=detail), began)
-
-    async def _as_standby(self, request: Follow, clean_until_ns: int) -> None:
-        running = self._engine.postmaster() is not None
-        if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):
-            await self._must_be_gone(clean_until_ns)
-            running = False
-        self.watchdog.disarm()
-        await self._configure(request.primary, ASYNC_RULE)
-        await (self._engine.reload() if running else self._engine.start())
-
-    async def _rejoin(self, request: Rejoin, clean_until_ns: int) -> str:
-        source, rejoin = (request.primary, request.system_identifier), self._engine.rejoin
-        why_clone = await rejoin.check(*source, clone=request.clone)
-        if self._engine.halted or self._engine.pids():
-            unhurried_ns = self._clock.now_ns() + round(self._c.start_timeout_s * NS)
-            await self._must_be_gone(clean_until_ns if self.could_write else unhurried_ns)
-        self.watchdog.disarm()
-        return await rejoin.run(*source, self._ledger.testimony(), why_clone=why_clone)
 
     # ------------------------------------------------------------ fences of its own
 

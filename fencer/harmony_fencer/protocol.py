@@ -213,6 +213,7 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         "conflicting_order",
         "not_active",
         "active",
+        "unfinished",
         "lease_expired",
         "latched",
         "not_latched",

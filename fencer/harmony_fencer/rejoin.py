@@ -51,6 +51,10 @@ _SOURCE_FAILS = (
 )
 
 
+class Disturbed(PostgresError):
+    """Somebody started PostgreSQL meanwhile. A copy would help no more than a rewind."""
+
+
 class Base(Protocol):
     """What a rejoin needs of the engine."""
 
@@ -149,6 +153,8 @@ class Rejoin:
         if not why_clone:
             try:
                 await self._rewind(primary, testimony, fd)
+            except Disturbed:
+                raise
             except PostgresError as e:
                 said = e.said or str(e)
                 if any(word in said for word in ("No space left", _FOREIGN, *_SOURCE_FAILS)):
@@ -363,6 +369,7 @@ class Rejoin:
 
         await self._change(lambda change: change.act(lambda: self._make(self.aside)), parent=True)
         await self._change(fill)
+        self._must_be_alone()
         await self._change(lambda change: change.act(lambda: exchange(self.data, self.aside)), parent=True)
 
     async def _furnish(self, place: Path, primary: str, testimony: bytes, *, unproven: bool) -> None:
@@ -381,7 +388,15 @@ class Rejoin:
 
         await self._change(furnish)
 
+    def _must_be_alone(self) -> None:
+        """Before the directory is taken away from below what runs in it: nobody would guard that any more."""
+        if self._base.pids():
+            raise Disturbed(
+                f"somebody has started PostgreSQL in {self.data} meanwhile: stop it, or wait; what was done is kept"
+            )
+
     async def _put_in_place(self, place: Path) -> None:
+        self._must_be_alone()
         await self._change(lambda change: change.act(lambda: exchange(self.data, place)), parent=True)
         log.info("put in place", what=str(place))
         await self._tidy()

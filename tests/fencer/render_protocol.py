@@ -243,6 +243,10 @@ REFUSALS = {
         "the node leads under a lease, and a `rejoin` would destroy what only it has",
         "`fence` first, and only where another leads",
     ),
+    "unfinished": (
+        "a `rejoin` was interrupted while the data directory was being rewound",
+        "send another `rejoin`: nothing else can start PostgreSQL there",
+    ),
     "lease_expired": (
         "the deadline asked for is not in the future of the fencer's clock",
         "your heartbeat is too old, or you slept: send nothing older; look at the cluster first",
@@ -435,6 +439,9 @@ NO_MEMBER = Step(
     lambda c: replace(c, request=msgspec.structs.replace(c.request, primary="n9")),
 )
 LEADS = Step("the node leads under a lease", "active", lambda c: _facts(c, active=Generation(7, 2)))
+UNFINISHED = Step(
+    "a rejoin was interrupted in the data directory", "unfinished", lambda c: _facts(c, unfinished=True)
+)
 NO_VOTERS = Step(
     "`sync.voters` names this node, or no configured member",
     "bad_message",
@@ -467,7 +474,17 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
     (Case(FRESH, StatusRequest(), "agent"), [EITHER], "status"),
     (
         Case(FRESH, Activate(generation=G, deadline_boottime_ns=NOW + 9, sync=RULE), "agent"),
-        [EITHER, RETIRING, *_repeats("fence"), UNTRUSTED, LATCHED, LATE, NO_VOTERS, NOT_DURABLE],
+        [
+            EITHER,
+            RETIRING,
+            *_repeats("fence"),
+            UNTRUSTED,
+            LATCHED,
+            LATE,
+            NO_VOTERS,
+            UNFINISHED,
+            NOT_DURABLE,
+        ],
         BEGUN,
     ),
     (
