@@ -201,10 +201,18 @@ class Postgres:
 
     def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None:
         """What configure() does, of a standby that stands at `where` for now."""
-        self._configure(change, primary, ASYNC_RULE, testimony, where)
+        # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
+        timeline = "latest" if primary is not None else "current"
+        self._configure(change, primary, ASYNC_RULE, testimony, where, timeline)
 
     def _configure(
-        self, change: Change, primary: str | None, sync: SyncRule, testimony: bytes, where: Path
+        self,
+        change: Change,
+        primary: str | None,
+        sync: SyncRule,
+        testimony: bytes,
+        where: Path,
+        timeline: str = "latest",
     ) -> None:
         if not Path(self._c.config_file).exists():
             raise PostgresError(
@@ -225,7 +233,7 @@ class Postgres:
             if wanted is not None:
                 change.write(wanted[0], wanted[1].encode(), mode=0o644)
         change.write(where / WITNESS, testimony)
-        change.write(where / settings.CONF, settings.render(self._c, primary, sync).encode())
+        change.write(where / settings.CONF, settings.render(self._c, primary, sync, timeline).encode())
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
         if self.unfinished:

@@ -64,13 +64,14 @@ def _same_always(c: FencerConfig) -> dict[str, str]:
     }
 
 
-def render(c: FencerConfig, primary: str | None, sync: SyncRule) -> str:
+def render(c: FencerConfig, primary: str | None, sync: SyncRule, timeline: str = "latest") -> str:
     """The whole file."""
     names = ""
     if sync.count > 0 and sync.voters:
         names = f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
     source = conninfo(c, primary) if primary is not None else ""
     settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names}
+    settings["recovery_target_timeline"] = timeline
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]

@@ -41,10 +41,9 @@ class Standby:
 
     async def follow(self, request: Follow, ledger: Ledger, clean_until_ns: int) -> None:
         """Raises PostgresError, OSError."""
-        running = self._engine.postmaster() is not None
-        if self._engine.halted or (self._engine.pids() and (self._owner.could_write or not running)):
+        if self._unsafe():
             await self._stop(clean_until_ns)
-            running = False
+        running = self._engine.postmaster() is not None
         self._watchdog.disarm()
         await self._engine.configure(request.primary, ASYNC_RULE, ledger.testimony())
         await (self._engine.reload() if running else self._engine.start())
@@ -52,7 +51,7 @@ class Standby:
     async def rejoin(self, request: Rejoin, ledger: Ledger, clean_until_ns: int) -> str:
         """What was done. Raises PostgresError, OSError."""
         engine, source = self._engine, (request.primary, request.system_identifier)
-        if self._owner.could_write or (engine.pids() and engine.postmaster() is None):
+        if self._unsafe():
             await self._stop_for_good(clean_until_ns)
         self.rejoining = True
         try:
@@ -64,6 +63,11 @@ class Standby:
             return await engine.rejoin.run(*source, ledger.testimony(), why_clone=why_clone)
         finally:
             self.rejoining = False
+
+    def _unsafe(self) -> bool:
+        """Also where nothing runs: that a promotion of before cannot complete any more is proven by a stop only."""
+        half_stopped = self._engine.pids() and self._engine.postmaster() is None
+        return self._owner.could_write or bool(half_stopped)
 
     async def _stop_for_good(self, clean_until_ns: int) -> None:
         """And whoever starts it next gets a standby. Raises PostgresError."""

@@ -187,6 +187,7 @@ class Fault:
         left = procs.kill_everything(node.folder, [node.data_dir])
         if left:
             raise SetupError(f"{self.old} could not be killed: {left}")
+        self.cluster.supervisors[self.old].wait(timeout=5)
 
     def lift(self) -> None:
         """Let frozen agents run on, start the killed node, bring the store back; the rest its supervisor does."""
