@@ -78,7 +78,7 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSeen():
             if v.order is not None and e.asked_ns < v.order.sent_ns:
                 return v  # asked before our newest order: says nothing of what that did
-            return _streaming(replace(v, db=e, db_ns=now_ns), e, now_ns)
+            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
@@ -97,22 +97,25 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
 def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
     """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, too."""
     if e.db == "primary":
-        return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False)
+        return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False, rejoin_why="")
     streams = v.streams + 1 if e.streaming else 0
     if streams >= LASTING:
-        v = replace(v, rejoins=0, rejoined=False)
+        v = replace(v, rejoins=0, rejoined=False, rejoin_why="")
     if streams > 1:
         return replace(v, streams=streams, unstreamed_ns=0)
     return replace(v, streams=streams, unstreamed_ns=v.unstreamed_ns or now_ns)
 
 
 def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
-    """The pause before the next rejoin counts from the end of this one."""
-    if v.order is None or v.order.op != "rejoin" or f.order != v.order.generation:
+    """The pause before the next rejoin counts from the end of this one; also of one that an agent before us ordered."""
+    if f.order_op != "rejoin" or (v.order is not None and f.order != v.order.generation):
         return v
     if f.order_state == "running":
         return replace(v, rejoin_ns=now_ns)
-    return replace(v, rejoined=f.order_state == "done")
+    why = f.order_detail or f.order_state if f.order_state != "done" else ""
+    if v.order is None:  # known from the past: once is enough for a pause
+        return replace(v, rejoins=max(v.rejoins, 1), rejoin_ns=v.rejoin_ns or now_ns, rejoin_why=why)
+    return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
 
 
 def _fencer_seen(v: View, f: FencerView) -> View:

@@ -168,6 +168,8 @@ def _act(
             order = Order(op=op, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
             if action == "demote":
                 order = replace(order, clean=True)
+            if action == "follow":
+                v = replace(v, follows=v.follows + 1)
             if action in {"follow", "rejoin"}:
                 order = replace(order, primary=target(v, me))
             if action == "rejoin" and v.cluster is not None:

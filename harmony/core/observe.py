@@ -5,18 +5,25 @@ The two-clock rule, the fate of an order, who may take over and whether leadersh
 
 from __future__ import annotations
 
-from harmony.core import candidate
+from harmony.core import candidate, rejoin
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.table import Observation, Order
 from harmony.core.timing import Timing
-from harmony.core.view import Identity, View, alive, database, distrust, highest, leads, target
+from harmony.core.view import (
+    Identity,
+    View,
+    alive,
+    database,
+    distrust,
+    highest,
+    leads,
+    rejoining,
+    target,
+)
 from harmony.records import ClusterState, Member, Switchover
 
 FENCE_PAUSE_NS = 200_000_000
 ORDER_PAUSE_NS = 1_000_000_000
-REJOIN_PATIENCE = 6  # times rejoin.after_s, where nothing but silence speaks for a rejoin
-REJOIN_PAUSE_NS = 2_500_000_000  # doubled with each that did not help
-MOST_PAUSE_NS = 300_000_000_000
 ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after this is sent anew
 
 
@@ -229,53 +236,6 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     return True, said and ready and not lag, waiting
 
 
-# ---------------------------------------------------------------- rejoin
-
-
-def unable(v: View, me: Identity, now_ns: int) -> str:
-    """Why PostgreSQL here cannot follow the primary as its data directory is; "": it can, or it is not known."""
-    c, f, db = v.cluster, v.fencer, v.db
-    if c is None or f is None or leads(v, me) != "other":
-        return ""
-    if f.unfinished:
-        return "a rejoin was interrupted here"
-    asked_long = v.unstreamed_ns and now_ns - v.unstreamed_ns >= me.policy.rejoin_after_ns
-    if db is None or db.db != "standby" or f.following != c.primary or not asked_long:
-        return ""
-    if db.timeline < c.timeline:
-        return f"it stays on timeline {db.timeline}, {c.primary} is on {c.timeline}"
-    if db.received_lsn > c.lsn:
-        return f"it has WAL that {c.primary} does not have"
-    if now_ns - v.unstreamed_ns >= REJOIN_PATIENCE * me.policy.rejoin_after_ns:
-        return f"it does not stream from {c.primary}"
-    return ""
-
-
-def rejoin_due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
-    """Whether a rejoin, which destroys what only this node has, may be ordered now.
-
-    Only for a primary that is seen writing, in a term that this node's fencer has not gone beyond.
-    """
-    c, f = v.cluster, v.fencer
-    if c is None or f is None or me.policy.rejoin != "automatic" or leads(v, me) != "other":
-        return False
-    source = v.members.get(c.primary or "")
-    sure = (
-        not stale(v, t, now_ns)
-        and not distrust(v)
-        and v.failures == 0
-        and highest(v)[0] <= c.term
-        and f.active is None
-        and c.status in WRITABLE_STATES
-        and c.system_identifier != ""
-        and source is not None
-        and alive(v, source.node, t, now_ns)
-        and source.db == "primary"
-    )
-    pause_ns = min(REJOIN_PAUSE_NS * 2 ** min(v.rejoins, 20), MOST_PAUSE_NS) if v.rejoins else 0
-    return sure and now_ns - v.rejoin_ns >= pause_ns
-
-
 # ---------------------------------------------------------------- all of it
 
 
@@ -357,8 +317,12 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         confirmed=confirmed,
         successor_why=successor_why,
         named_long=v.successor is not None and v.checkpoint == "done" and now_ns - v.named_ns > t.failover_ns,
-        unable=unable(v, me, now_ns),
-        rejoin_due=rejoin_due(v, me, t, now_ns),
+        unable=rejoin.unable(v, me, now_ns),
+        rejoin_due=not is_stale and rejoin.due(v, me, t, now_ns),
+        rejoining=rejoining(v),
+        astray=rejoin.astray(v, me, is_stale=is_stale),
+        rejoin_why=v.rejoin_why,
+        may_follow=rejoin.may_follow(v, now_ns),
     )
 
 
