@@ -95,6 +95,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distrust: str = ""  # why this node does not trust the store
     retiring: bool = False  # its agent was asked to stop
     progress: str = ""  # of a rejoin
+    cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

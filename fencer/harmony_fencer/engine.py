@@ -36,6 +36,13 @@ class Rejoining(Protocol):
     def progress(self) -> str:
         """What is under way or unfinished, for people; "" nothing."""
 
+    @property
+    def cannot_rewind(self) -> str:
+        """Why pg_rewind could not help here, with what to do; "": it could, or it is not known."""
+
+    async def learn(self) -> None:
+        """Look at what cannot_rewind tells. Never raises."""
+
     async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
         """Before anything is stopped: "", or why only a copy helps. Raises PostgresError: neither does."""
 

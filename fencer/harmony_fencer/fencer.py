@@ -84,6 +84,7 @@ class Fencer:
         self._rearm = trio.Event()
         self._bell = Bell()
         self._clean_until_ns = 0
+        self._nursery: trio.Nursery | None = None
         self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
@@ -91,6 +92,7 @@ class Fencer:
     async def start(self, nursery: trio.Nursery) -> None:
         """Look at what is there: carry on under a valid lease, else fence what could write. Reads no slow disk."""
         self._effects.run_in(nursery)
+        self._nursery = nursery
         lease = self._ledger.lease(self._clock.now_ns())
         pids, self._running = look(self._engine)
         order = self._order
@@ -129,6 +131,8 @@ class Fencer:
     async def _learn(self) -> None:
         """Not before the guard runs: pg_controldata may wait for a hung disk."""
         self._system_identifier = await self._engine.system_identifier()
+        if self._engine.initialised():
+            await self._engine.rejoin.learn()
         self._bell.ring()
 
     async def shut_down(self) -> None:
@@ -344,6 +348,8 @@ class Fencer:
             self._ledger.state = ended(self._ledger.state)
         self._order = record  # told when it is durable: it is the same after a restart
         self._bell.ring()
+        if self._engine.rejoin.cannot_rewind and record.state == "done" and self._nursery is not None:
+            self._nursery.start_soon(self._learn)
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
         self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
@@ -482,5 +488,6 @@ class Fencer:
             cannot_lead=self.watchdog.cannot_lead,
             progress=self._engine.rejoin.progress[:300],
             unfinished=self._engine.rejoin.unfinished,
+            cannot_rewind=self._engine.rejoin.cannot_rewind,
             change=self._bell.number,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ SYSTEMCTL_S = 5.0
 KILLED_S = 0.2
 WATCH_S = 0.5
 SAID = 4000
+_REASON = re.compile(r"(FATAL|PANIC): .*")
 
 
 class PostgresError(Exception):
@@ -42,12 +44,17 @@ def explain(e: Exception) -> str:
 
 
 def log_tail(data: Path) -> str:
-    """The end of PostgreSQL's own log, one line, 300 characters."""
+    """What PostgreSQL's own log says of its newest start, one line, 300 characters: its last reason, else its end."""
     try:
-        raw = read_small(data / LOG, 2000, tail=True)
+        raw = read_small(data / LOG, 16_000, tail=True)
     except OSError:
         return ""
-    return " | ".join(raw.decode("utf-8", "replace").split("\n"))[-300:].strip(" |")
+    lines = raw.decode("utf-8", "replace").rpartition("LOG:  starting PostgreSQL")[2].split("\n")
+    for number, line in reversed(list(enumerate(lines))):
+        found = _REASON.search(line)
+        if found and "the database system is" not in line:
+            return " | ".join([found.group(), *lines[number + 1 : number + 3]])[:300].strip(" |")
+    return " | ".join(lines)[-300:].strip(" |")
 
 
 def _tail(fd: int) -> str:

@@ -197,6 +197,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
     progress: str  # of a rejoin, under way or interrupted
     unfinished: bool  # a rejoin was interrupted: only another one can start PostgreSQL here
+    cannot_rewind: (
+        str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it
+    )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
 
 

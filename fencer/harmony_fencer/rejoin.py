@@ -21,7 +21,7 @@ from typing import Protocol
 
 import trio
 
-from harmony_fencer import durable, settings
+from harmony_fencer import durable, reasons, settings
 from harmony_fencer.alone import only_one
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import read_small
@@ -41,14 +41,6 @@ STREAM_S = 10.0  # how long it is looked whether the new standby streams
 LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
 SHUT_DOWN = ("shut down", "shut down in recovery")
 _PROGRESS = re.compile(r"(\d+)/(\d+) kB \((\d+)%\)")
-_NOT_STOPPED = "must be shut down cleanly"  # the last thing that pg_rewind checks: all else was right
-_FOREIGN = "different systems"
-_SOURCE_FAILS = (
-    "could not connect",
-    "connection to server",
-    "server closed the connection",
-    "timeout expired",
-)
 
 
 class Disturbed(PostgresError):
@@ -87,6 +79,7 @@ class Rejoin:
         self.aside = self.data.with_name(self.data.name + ".harmony-rewind")
         self.new = self.data.with_name(self.data.name + ".harmony-new")
         self._working = ""
+        self.cannot_rewind = ""
         ids = config.postgres_ids
         self._ids = (ids.uid, ids.gid) if ids is not None else None
 
@@ -101,6 +94,23 @@ class Rejoin:
             return self._working
         return "a rejoin was interrupted; the next one takes it up"
 
+    async def learn(self) -> None:
+        """Whether pg_rewind could help here one day: what was changed without a WAL record, it would not see."""
+        try:
+            hints = await self._base.control("wal_log_hints setting", self._real())
+            checksums = await self._base.control("Data page checksum version", self._real())
+        except PostgresError as e:
+            log.warning("pg_controldata failed: whether pg_rewind could help is not known", why=str(e))
+            return
+        before, self.cannot_rewind = self.cannot_rewind, ""
+        if hints == "off" and checksums == "0":
+            self.cannot_rewind = (
+                "wal_log_hints is off and there are no data checksums: pg_rewind cannot help here, a copy will be "
+                "made; Harmony sets wal_log_hints at the next start of PostgreSQL (restart the primary once)"
+            )
+            if not before:
+                log.warning("pg_rewind could not help here", why=self.cannot_rewind)
+
     # ------------------------------------------------------------ the whole
 
     async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
@@ -114,9 +124,14 @@ class Rejoin:
                     f"{where} has system identifier {found or 'unknown'}, the cluster {system_identifier}: it is "
                     "another cluster's and is not touched; correct postgresql.data_dir, or move it away"
                 )
-            why = "a copy was ordered" if clone else ""
-            if not why and self._base.pids():  # else nothing is lost by trying
+            if not is_stub(self.data) and self._base.pids() and (turned_away := reasons.not_let_in(where)):
+                raise PostgresError(
+                    f"{primary} does not let it stream, and a copy would not either: {turned_away}"
+                )
+            why = ""
+            if not (self.aside / WHOLE).exists():  # also before a copy: that the source can be reached at all
                 why = await self._cannot_rewind(where, primary)
+            why = "a copy was ordered" if clone else why
             if why:
                 self._may_clone(why)
             return why
@@ -156,10 +171,9 @@ class Rejoin:
             except Disturbed:
                 raise
             except PostgresError as e:
-                said = e.said or str(e)
-                if any(word in said for word in ("No space left", _FOREIGN, *_SOURCE_FAILS)):
-                    raise  # a copy would fail, too, or be wrong
-                self._may_clone(why := str(e)[-300:])
+                if reasons.hopeless(f"{e.said} {e}"):
+                    raise
+                self._may_clone(why := str(e)[-400:])
                 log.error("pg_rewind failed: a copy is made instead", why=why)
                 why_clone = f"pg_rewind failed: {why}"
             else:
@@ -176,20 +190,21 @@ class Rejoin:
             await self._base.programs.run("pg_rewind", *arguments, timeout_s=PREFLIGHT_S)
         except PostgresError as e:
             said = e.said
-            if _NOT_STOPPED in said:
+            if reasons.NOT_STOPPED in said:
                 return ""
-            if _FOREIGN in said:
+            if reasons.FOREIGN in said:
                 raise PostgresError(
                     f"{primary} answers for another cluster (other system identifier): not touched; {said[-200:]}"
                 ) from e
             if "permission denied for function" in said:
                 role = self._c.replication_user
                 return f'{said[-200:]} (GRANT EXECUTE to "{role}" as pg_rewind(1) says)'
-            if not said or any(word in said for word in _SOURCE_FAILS):
-                raise PostgresError(
-                    f"the primary {primary} cannot be used as a source: {said or e}"[:480]
-                ) from e
-            return said[-300:]
+            if not said and not self._base.pids():
+                return ""  # it has looked at more and more WAL: the real one has all the time that it wants
+            if not said or reasons.hopeless(said):
+                why = reasons.with_advice(said[-300:] or str(e))
+                raise PostgresError(f"the primary {primary} cannot be used as a source: {why}"[:480]) from e
+            return f"pg_rewind would fail: {said[-300:]}"
         return ""
 
     def _rewind_arguments(self, where: Path, primary: str) -> tuple[str, ...]:
@@ -410,7 +425,8 @@ class Rejoin:
             await self._change(lambda _: unlink(self.data / UNPROVEN))
             removed = await self._prune()
             return "it streams" + (f"; removed {', '.join(removed)}" if removed else "")
-        return f"it does not stream within {STREAM_S:g} s"
+        why = reasons.not_let_in(self.data)
+        return f"it does not stream within {STREAM_S:g} s" + (f": {why}" if why else "")
 
     def _streams(self, seen: dict[int, float]) -> bool:
         """By the process's title once something came, or as it lives longer than a vain connection would."""

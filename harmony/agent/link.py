@@ -143,4 +143,5 @@ def _view(s: protocol.Status) -> FencerView:
         shutdown_lsn=s.shutdown_lsn,
         unfinished=s.unfinished,
         progress=s.progress,
+        cannot_rewind=s.cannot_rewind,
     )

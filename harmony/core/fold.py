@@ -112,9 +112,9 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
         return v
     if f.order_state == "running":
         return replace(v, rejoin_ns=now_ns)
-    why = f.order_detail or f.order_state if f.order_state != "done" else ""
+    why = f.order_detail or f.order_state
     if v.order is None:  # known from the past: once is enough for a pause
-        return replace(v, rejoins=max(v.rejoins, 1), rejoin_ns=v.rejoin_ns or now_ns, rejoin_why=why)
+        v = replace(v, rejoins=max(v.rejoins, 1), rejoin_ns=v.rejoin_ns or now_ns)
     return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
 
 

@@ -39,6 +39,7 @@ class FencerView:
     latched: str | None
     unfinished: bool = False  # a rejoin was interrupted: only another can start PostgreSQL
     progress: str = ""  # of a rejoin
+    cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
 

@@ -352,4 +352,5 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         distrust=distrust(v),
         retiring=v.retiring,
         progress=f.progress if f is not None else "",
+        cannot_rewind=f.cannot_rewind if f is not None else "",
     )

@@ -321,7 +321,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         rejoin_due=not is_stale and rejoin.due(v, me, t, now_ns),
         rejoining=rejoining(v),
         astray=rejoin.astray(v, me, is_stale=is_stale),
-        rejoin_why=v.rejoin_why,
+        rejoin_why=rejoin.why(v, now_ns),
         may_follow=rejoin.may_follow(v, now_ns),
     )
 

@@ -15,6 +15,9 @@ FOLLOW_PAUSES = 6  # how often the pause doubles after a follow that came to not
 FOLLOW_TRIES = 3  # in vain, before PostgreSQL counts as one that cannot start from its data
 REJOIN_PATIENCE = 6  # times rejoin.after_s, where nothing but silence speaks for a rejoin
 REJOIN_PAUSE_NS = 2_500_000_000  # doubled with each that did not help
+UNHELPED_NS = (
+    2_000_000_000  # without streaming after a rejoin, before its outcome is told as one that did not help
+)
 MOST_PAUSE_NS = 300_000_000_000
 
 
@@ -75,6 +78,13 @@ def astray(v: View, me: Identity, *, is_stale: bool) -> bool:
     if c is None or f is None or f.order is None or not rejoining(v):
         return False
     return leads(v, me) == "vacant" or is_stale or c.term != f.order[0]
+
+
+def why(v: View, now_ns: int) -> str:
+    """What the last rejoin said, where it failed, or was done and PostgreSQL does not stream all the same; ""."""
+    if v.rejoined and not (v.unstreamed_ns and now_ns - v.unstreamed_ns > UNHELPED_NS):
+        return ""
+    return v.rejoin_why
 
 
 def may_follow(v: View, now_ns: int) -> bool:

@@ -352,7 +352,7 @@ TABLE: tuple[Row, ...] = (
     _row(715, S.WATCHING, "follow failed, pause", lambda o: o.fencer_known and not o.stale and _waits(o), S.WATCHING, "PostgreSQL is not the standby it should be, which is tried again:", detail=_order_why),
     _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order and o.may_follow, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
     _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote:", detail=lambda o: o.eligible_why),
-    _row(719, S.WATCHING, "last rejoin came to nothing", lambda o: o.rejoin_why != "" and not o.distrust, S.WATCHING, "runs, and the last rejoin came to nothing, which is tried again:", detail=lambda o: o.rejoin_why),
+    _row(719, S.WATCHING, "last rejoin came to nothing", lambda o: o.rejoin_why != "" and o.following_right and not o.distrust, S.WATCHING, "runs, and the last rejoin came to nothing, which is tried again:", detail=lambda o: o.rejoin_why),
     _row(720, S.WATCHING, "store distrusted", lambda o: o.distrust != "", S.WATCHING, "ALARM:", detail=lambda o: o.distrust),
     _row(798, S.PROMOTING, "replaced after activating", lambda o: not o.writing and o.leads != "me" and o.order_op == "activate", S.DEMOTING, "replaced while promoting; fencing", "fence"),
     _row(800, S.PROMOTING, "claim lost", lambda o: not o.writing and o.leads != "me", S.WATCHING, "the claim was not won: another was faster, or the store did not confirm it"),

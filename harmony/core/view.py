@@ -166,7 +166,7 @@ class View(msgspec.Struct, frozen=True):
     rejoins: int = 0  # ordered since it last streamed for long
     rejoined: bool = False  # the newest of them was done, and has not helped yet
     rejoin_ns: int = 0  # when the newest was last seen running, or sent
-    rejoin_why: str = ""  # why the newest failed; "": it did not, or it has streamed since
+    rejoin_why: str = ""  # what the newest came to; "": there was none since it last streamed for long
     postgres_failed: bool = False
 
 

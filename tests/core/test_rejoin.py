@@ -38,16 +38,17 @@ class Following:
         self.up = True
         self.orders: list[Order] = []
         self.own: Member | None = None
+        self.answers: list[WriteDone | RefreshDone | MemberSeen] = []
         self.kept = 0  # the revision of `own` in the store
         self.do(3)
         assert self.view.state is State.WATCHING
         assert not self.orders
 
     def do(self, seconds: float) -> None:
-        answers: list[WriteDone | RefreshDone | MemberSeen] = []
         for _ in range(max(1, round(seconds * NS) // TICK)):
             self.now += TICK
-            events: list[object] = [*answers, self.fencer]
+            events: list[object] = [*self.answers, self.fencer]
+            self.answers.clear()
             if self.beating:
                 self.revision += 1
                 events.append(msgspec_seen(self.record, self.revision, self.now))
@@ -57,7 +58,6 @@ class Following:
                     DbSeen("standby", self.timeline, self.lsn, self.lsn, self.streaming, "sys", self.now)
                 )
             self.view, commands = step(self.view, events, self.me, FAST, self.now)  # type: ignore[arg-type]
-            answers = []
             for c in commands:
                 match c:
                     case Write(record=record, key=key):
@@ -66,13 +66,15 @@ class Following:
                         self.own = record
                         self.revision += 1
                         self.kept = self.revision
-                        answers.append(WriteDone(key, c.attempt, "acked", self.revision))
+                        self.answers.append(WriteDone(key, c.attempt, "acked", self.revision))
                         stamp_ns = EPOCH + self.now
-                        answers.append(MemberSeen(key[len(MEMBER_PREFIX) :], record, self.revision, stamp_ns))
+                        self.answers.append(
+                            MemberSeen(key[len(MEMBER_PREFIX) :], record, self.revision, stamp_ns)
+                        )
                     case Read(key=key) if key == MEMBER_PREFIX + "n2":
-                        answers.append(MemberSeen("n2", self.own, self.kept, EPOCH + self.now))
+                        self.answers.append(MemberSeen("n2", self.own, self.kept, EPOCH + self.now))
                     case Refresh():
-                        answers.append(RefreshDone(ok=True))
+                        self.answers.append(RefreshDone(ok=True))
                     case Order():
                         self.orders.append(c)
                         self.ordered(c)

@@ -324,6 +324,11 @@ class SteppedRejoin:
         self._engine, self._world = engine, engine.world
         self._working = ""
 
+    cannot_rewind = ""
+
+    async def learn(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     @property
     def unfinished(self) -> bool:
         return self._world.unfinished

@@ -118,6 +118,7 @@ MEANING = {
     "Status.watchdog": "the watchdog device and its state, for people",
     "StatusRequest.unless": "the `change` of the last `status` seen",
     "StatusRequest.wait_ms": "while nothing has changed since `unless`, answer after so many milliseconds",
+    "Status.cannot_rewind": "why `pg_rewind` could not help here and what to do; empty: nothing is known against it",
     "Status.progress": "what a `rejoin` is doing, or that one was interrupted, for people; empty: neither",
     "Status.unfinished": "a `rejoin` was interrupted: until another is done, PostgreSQL cannot be started here",
     "Status.change": "another number when anything but times has changed; begins anew with the fencer",
