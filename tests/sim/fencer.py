@@ -27,6 +27,7 @@ from harmony_fencer import protocol
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, admit
 from harmony_fencer.protocol import Generation, OrderRecord, OrderState, Refusal
 from tests.sim.ladder import Ladder, Then
+from tests.sim.rejoin import Rejoin
 
 if TYPE_CHECKING:
     from tests.sim.node import Host
@@ -157,6 +158,7 @@ class Fencer:
             system_identifier=self.host.system_identifier,
             latched="operator" if self.latched else None,
             shutdown_lsn=self.shutdown_lsn if proven else None,
+            unfinished=pg.unfinished,
         )
 
     # ------------------------------------------------------------ requests
@@ -172,6 +174,7 @@ class Fencer:
             newest=self.order,
             active=self.active,
             lease_deadline_ns=self.deadline_ns,
+            unfinished=self.host.pg.unfinished,
         )
 
     def renew(self, r: Renew) -> None:
@@ -194,6 +197,13 @@ class Fencer:
             request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
+        elif o.op == "rejoin":
+            request = protocol.Rejoin(
+                generation=generation,
+                primary=o.primary or "",
+                system_identifier=o.system_identifier,
+                clone=o.clone,
+            )
         else:
             request = protocol.Fence(generation=generation, reason="", clean=o.clean)
         self.asked(request, "agent")
@@ -207,7 +217,7 @@ class Fencer:
             return
         verdict = admit(self._facts(), request, peer, self.host.boot())
         if isinstance(verdict, Refusal):
-            if isinstance(request, protocol.Activate | protocol.Fence | protocol.Follow):
+            if isinstance(request, protocol.Activate | protocol.Fence | protocol.Follow | protocol.Rejoin):
                 g = (request.generation.term, request.generation.order)
                 self.host.post(self.host.life, OrderRefused(g, verdict.error, verdict.detail))
         elif isinstance(verdict, NewOrder):
@@ -253,6 +263,9 @@ class Fencer:
         elif isinstance(request, protocol.Follow):
             self._drop_lease()
             self._follow(effect, record)
+        elif isinstance(request, protocol.Rejoin):
+            self._drop_lease()
+            Rejoin(self, effect, record, request).run()
         else:
             if not getattr(request, "clean", False):
                 self.host.pg_halt()
@@ -317,12 +330,17 @@ class Fencer:
         if self.kept_highest == record.generation:
             self.kept_order = record
             self.kept_following = self.following = (
-                record.primary if record.op == "follow" and state == "done" else None
+                record.primary if record.op in {"follow", "rejoin"} and state == "done" else None
             )
         self.order = record
         self.bell()
 
-    def _stop(self, effect: int, clean_until_ns: int, then: Then) -> None:
+    def ended(self, record: OrderRecord, state: OrderState, detail: str = "") -> None:
+        """The effect of an order is over."""
+        self.busy = False
+        self._finish(record, state, detail)
+
+    def stop(self, effect: int, clean_until_ns: int, then: Then) -> None:
         """The ladder. `then(proven, shutdown_lsn)` when it has an outcome."""
         host, pg = self.host, self.host.pg
         self.may_write = self.could_write
@@ -351,7 +369,7 @@ class Fencer:
             else:
                 self._until_proven(effect, 0)
 
-        self._stop(effect, clean_until_ns, then)
+        self.stop(effect, clean_until_ns, then)
 
     def _activate(self, effect: int, record: OrderRecord, sync: protocol.SyncRule) -> None:
         host, pg, life = self.host, self.host.pg, self.life
@@ -365,6 +383,9 @@ class Fencer:
 
         def configured() -> None:
             if not self.current(life, effect):
+                return
+            if pg.unfinished:
+                failed("only a rejoin starts PostgreSQL here")
                 return
             self.may_write = True
             if pg.gone:
@@ -412,7 +433,7 @@ class Fencer:
             self._finish(record, "done")
 
         if pg.halted:
-            self._stop(effect, 0, lambda ok, _: configured() if ok else failed("could not be stopped first"))
+            self.stop(effect, 0, lambda ok, _: configured() if ok else failed("could not be stopped first"))
         else:
             host.later(self.while_(0.1), configured)
 
@@ -433,18 +454,18 @@ class Fencer:
         def go() -> None:
             if not self.current(life, effect):
                 return
-            if host.pg_fails:
+            if host.pg_fails or pg.unfinished:
                 failed("PostgreSQL does not start")
                 return
             if pg.gone:
                 pg.start(record.primary)
             else:
-                pg.following, pg.apart_ns = record.primary, 0
+                pg.following = record.primary
             self.busy = False
             self._finish(record, "done")
 
         if pg.halted or (not pg.gone and self.could_write):
-            self._stop(effect, self.clean_until_ns, stopped)
+            self.stop(effect, self.clean_until_ns, stopped)
         else:
             host.later(self.while_(0.6 if pg.gone else 0.1), go)
 
@@ -477,4 +498,4 @@ class Fencer:
                 self.bell()
                 self.host.later(10**8, again)
 
-        self._stop(effect, clean_until_ns, then)
+        self.stop(effect, clean_until_ns, then)
