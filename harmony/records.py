@@ -45,6 +45,7 @@ class ClusterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clean: bool = False  # of a vacancy: PostgreSQL was shut down cleanly, and `lsn` is all there will ever be
     refused: tuple[str, str] | None = None  # (id, why) of a switchover request that came to nothing
     # leadership that was taken without a hand-over: (term, the store's time of what was replaced), newest last
+    reserved: Count = 0  # the newest timeline that was given away for a promotion
     changes: tuple[tuple[int, int], ...] = ()
 
 
@@ -96,6 +97,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retiring: bool = False  # its agent was asked to stop
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
+    barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

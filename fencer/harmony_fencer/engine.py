@@ -115,8 +115,11 @@ class Engine(Protocol):
     async def reload(self) -> None:
         """Make it read its configuration again. Raises PostgresError."""
 
-    async def promote(self) -> int:
-        """Promote, wait for the proof, and return the timeline. Raises PostgresError, OSError."""
+    async def promote(self, reserved: int) -> int:
+        """Promote, wait for the proof, and return the timeline: `reserved`, where that is not 0.
+
+        Raises PostgresError (TimelineTakenError: it is not newer than what is here), OSError.
+        """
 
     def timeline(self) -> int:
         """The newest timeline that has WAL here."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from harmony_fencer import durable
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
@@ -47,6 +48,7 @@ from harmony_fencer.protocol import (
     Unfence,
 )
 from harmony_fencer.standby import Standby
+from harmony_fencer.timelines import TimelineTakenError
 from harmony_fencer.watchdog import Policy, WatchdogError
 
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
@@ -71,6 +73,7 @@ class Fencer:
         self._shutdown_lsn: int | None = None
         self._retiring = False
         self._system_identifier: str | None = None
+        self._timeline = 0  # the newest with WAL here that is known of
         self._running = False  # whether a live postmaster was seen
         self._starts = 0
         self._accepting = trio.Lock()
@@ -130,6 +133,10 @@ class Fencer:
 
     async def _learn(self) -> None:
         """Not before the guard runs: pg_controldata may wait for a hung disk."""
+        try:
+            self._timeline = max(self._timeline, await durable.in_thread(self._engine.timeline))
+        except OSError as e:
+            log.warning("the newest timeline here could not be read", why=str(e))
         self._system_identifier = await self._engine.system_identifier()
         if self._engine.initialised():
             await self._engine.rejoin.learn()
@@ -395,11 +402,13 @@ class Fencer:
                     raise PostgresError(
                         "before the promotion the lease was over, or an operator fenced this node"
                     )
-                await self._engine.promote()
-            timeline = self._engine.timeline()
+                await self._engine.promote(request.timeline)
+            timeline = self._timeline = self._engine.timeline()
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
             self._engine.halt()
             self._drop_lease()
+            if isinstance(e, TimelineTakenError):
+                self._timeline = max(self._timeline, e.timeline)
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
@@ -407,12 +416,9 @@ class Fencer:
         await self._finish(msgspec.structs.replace(record, state="done", timeline=timeline), began)
 
     async def _follow(self, record: OrderRecord, request: Follow | Rejoin, clean_until_ns: int) -> None:
-        began, detail = self._clock.now_ns(), ""
+        began = self._clock.now_ns()
         try:
-            if isinstance(request, Rejoin):
-                detail = await self._standby.rejoin(request, self._ledger, clean_until_ns)
-            else:
-                await self._standby.follow(request, self._ledger, clean_until_ns)
+            detail = await self._standby.carry_out(request, self._ledger, clean_until_ns)
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             return
@@ -482,6 +488,7 @@ class Fencer:
             following=self._ledger.state.following if running and standby else None,
             is_standby=standby,
             system_identifier=self._system_identifier,
+            timeline=self._timeline,
             latch=self._ledger.latch,
             held_by=self._engine.where,
             watchdog=str(self.watchdog),

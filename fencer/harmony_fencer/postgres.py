@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from harmony_fencer import durable, processes, settings
+from harmony_fencer import durable, processes, settings, timelines
 from harmony_fencer.changes import PAUSE_S, Changes
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import ASYNC_RULE, Outcome
@@ -24,7 +24,6 @@ from harmony_fencer.rejoin import UNPROVEN, Rejoin
 from harmony_fencer.state import WITNESS
 from harmony_fencer.tree import Tree
 
-_WAL = re.compile(r"[0-9A-F]{24}\Z")
 CONTROL_S = 5.0
 # PostgreSQL 13 to 18: miscadmin.h, LOCK_FILE_LINE_PM_STATUS; pidfile.h; pg_control.h, ControlFileData and DBState.
 _STATUS_LINE = 8
@@ -108,8 +107,7 @@ class Postgres:
             return True
 
     def timeline(self) -> int:
-        names = [n for n in os.listdir(self.data / "pg_wal") if _WAL.match(n)]
-        return max((int(n[:8], 16) for n in names), default=0)
+        return timelines.newest(self.data / "pg_wal")
 
     @property
     def notices(self) -> bool:
@@ -259,12 +257,18 @@ class Postgres:
         )
         if stale:
             log.warning("removed lock files that a dead postmaster left", files=stale)
+        freed = await self.files.change(lambda _: timelines.give_back(self.data / "pg_wal"))
+        if freed:
+            log.warning("gave timelines back that a promotion never began", files=freed)
         await self.programs.start(self.data / settings.CONF, self.tree.ready_to_start())
 
     async def reload(self) -> None:
         await self.programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)
 
-    async def promote(self) -> int:
+    async def promote(self, reserved: int) -> int:
+        if reserved:
+            wal = self.data / "pg_wal"
+            await self.files.change(lambda change: timelines.take_up_to(change, wal, reserved))
         seconds = max(1, round(self._c.start_timeout_s))
         arguments = ("promote", "-D", self._c.data_dir, "-w", "-t", str(seconds))
         (self.data / UNPROVEN).unlink(missing_ok=True)  # from now on it holds what no other has
@@ -272,7 +276,12 @@ class Postgres:
         state = await self.control("cluster state")
         if state != "in production" or self.is_standby():
             raise PostgresError(f"after promotion the control file says {state!r}")
-        return self.timeline()
+        timeline = self.timeline()
+        if reserved and timeline != reserved:
+            raise PostgresError(
+                f"the promotion began timeline {timeline}, and {reserved} was reserved for it"
+            )
+        return timeline
 
     def halt(self) -> None:
         self.tree.halt()

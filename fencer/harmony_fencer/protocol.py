@@ -28,6 +28,7 @@ _NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
 NodeName = Annotated[str, msgspec.Meta(pattern=_NAME)]
 Counter = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNTER)]
 BootNs = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Timeline = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
@@ -67,11 +68,15 @@ class StatusRequest(_Request, frozen=True, tag="status", kw_only=True):
 
 
 class Activate(_Request, frozen=True, tag="activate", kw_only=True):
-    """Make PostgreSQL the writable primary, until `deadline_boottime_ns` (absolute CLOCK_BOOTTIME)."""
+    """Make PostgreSQL the writable primary, until `deadline_boottime_ns` (absolute CLOCK_BOOTTIME).
+
+    `timeline`: what the promotion must begin, reserved for it in the store; 0: whatever PostgreSQL takes.
+    """
 
     generation: Generation
     deadline_boottime_ns: BootNs
     sync: SyncRule
+    timeline: Timeline = 0
 
 
 class Fence(_Request, frozen=True, tag="fence", kw_only=True):
@@ -191,6 +196,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     following: str | None  # primary of the last done follow, while PostgreSQL runs as its standby
     is_standby: bool  # the data directory is marked as a standby (standby.signal)
     system_identifier: str | None
+    timeline: int  # the newest that had WAL here at the start or after an activate; 0: not known
     latch: Latch | None
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it
@@ -259,6 +265,7 @@ PROSE = {
     "held_by",
     "watchdog",
     "cannot_lead",
+    "cannot_rewind",
     "progress",
 }
 KEPT_RUNGS = 4  # the first and the last so many, where not all fit

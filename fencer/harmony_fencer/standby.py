@@ -39,8 +39,14 @@ class Standby:
         self._watchdog, self._stop = watchdog, stop
         self.rejoining = False
 
-    async def follow(self, request: Follow, ledger: Ledger, clean_until_ns: int) -> None:
-        """Raises PostgresError, OSError."""
+    async def carry_out(self, request: Follow | Rejoin, ledger: Ledger, clean_until_ns: int) -> str:
+        """What was done, where that is worth saying. Raises PostgresError, OSError."""
+        if isinstance(request, Rejoin):
+            return await self._rejoin(request, ledger, clean_until_ns)
+        await self._follow(request, ledger, clean_until_ns)
+        return ""
+
+    async def _follow(self, request: Follow, ledger: Ledger, clean_until_ns: int) -> None:
         if self._unsafe():
             await self._stop(clean_until_ns)
         running = self._engine.postmaster() is not None
@@ -48,8 +54,7 @@ class Standby:
         await self._engine.configure(request.primary, ASYNC_RULE, ledger.testimony())
         await (self._engine.reload() if running else self._engine.start())
 
-    async def rejoin(self, request: Rejoin, ledger: Ledger, clean_until_ns: int) -> str:
-        """What was done. Raises PostgresError, OSError."""
+    async def _rejoin(self, request: Rejoin, ledger: Ledger, clean_until_ns: int) -> str:
         engine, source = self._engine, (request.primary, request.system_identifier)
         if self._unsafe():
             await self._stop_for_good(clean_until_ns)

@@ -91,7 +91,12 @@ class FencerLink:
         request: protocol.Request
         if o.op == "activate":
             rule = protocol.SyncRule(o.sync_count, o.sync_voters)
-            request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
+            request = protocol.Activate(
+                generation=generation,
+                deadline_boottime_ns=o.deadline_ns,
+                sync=rule,
+                timeline=o.timeline,
+            )
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
         elif o.op == "rejoin":
@@ -134,6 +139,7 @@ def _view(s: protocol.Status) -> FencerView:
         order_op=s.order.op if s.order is not None else "",
         order_state=s.order.state if s.order is not None else "",
         order_detail=s.order.detail if s.order is not None else "",
+        timeline=s.timeline,
         fence_proven=s.fence_proven,
         postgres_up=s.postgres == "running",
         following=s.following,

@@ -110,7 +110,7 @@ def judge(
         return Verdict(ok=True, why=f"named as the successor, at {_pos(*mine)}")
     if patient:
         for n, m in sorted(seen.items()):
-            if m.latched or m.nofailover or m.db != "standby" or m.timeline < cluster.timeline:
+            if m.barred or m.latched or m.nofailover or m.db != "standby" or m.timeline < cluster.timeline:
                 continue
             theirs = (m.timeline, m.received_lsn, m.priority)
             ours = (*mine, me.priority)

@@ -184,6 +184,7 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
         case Acked(sent_ns=sent_ns, revision=revision):
             record = v.lead_record
             v = replace(v, intent="beat", cluster=record, read_ok=True)
+            v = replace(v, reserved=v.reserving or v.reserved, reserving=0)
             if revision > v.revision or v.first_seen_ns == 0:
                 v = replace(v, stamp_ns=0, first_seen_ns=now_ns, silent_from_ns=now_ns)
             v = marked(replace(v, revision=max(revision, v.revision)))
@@ -201,8 +202,10 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             )
         case Lost():
             pause = now_ns + t.interval_ns if intent != "beat" else v.claim_pause_until_ns
-            return replace(v, intent="beat", lost=v.lost or v.state in LEADING, claim_pause_until_ns=pause)
+            v = replace(v, intent="beat", reserving=0, reserved=0)
+            return replace(v, lost=v.lost or v.state in LEADING, claim_pause_until_ns=pause)
         case Failed(why=why):
+            v = replace(v, reserving=0)
             if intent == "beat":
                 return replace(v, failures=v.failures + 1, successes=0, failed_why=why)
             return replace(

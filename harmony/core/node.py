@@ -20,6 +20,7 @@ from harmony.core.messages import (
     Gen,
     Log,
     Order,
+    OrderOp,
     Read,
     Refresh,
     Remember,
@@ -27,7 +28,7 @@ from harmony.core.messages import (
     Stop,
     Write,
 )
-from harmony.core.observe import asked, confirms, observe, preferred_fit
+from harmony.core.observe import asked, barred, confirms, observe, preferred_fit
 from harmony.core.register import Attempt
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.table import Action, Decision, Observation, decide
@@ -40,6 +41,7 @@ from harmony.core.view import (
     distrust,
     highest,
     is_leading,
+    next_timeline,
     silence_ns,
     target,
 )
@@ -106,7 +108,7 @@ def _apply(
     if d.next is not v.state or (row, why) != (v.row, v.why):
         commands.append(Log(str(row), v.state, d.next, why if d.row else f"nothing else any more; {why}"))
     if d.next is not v.state:
-        v = replace(v, successes=0)
+        v = replace(v, successes=0, reserved=0)
         if d.next in {State.HEALTHY, State.LEADER}:
             f = v.fencer
             resumed = v.lease_until_ns == 0 and f is not None and f.lease_deadline_ns is not None
@@ -153,7 +155,9 @@ def _act(
             refused = (v.request, d.why[:500]) if v.request else v.refused
             pause = now_ns + HANDOVER_PAUSES * t.failover_ns
             v = replace(v, refused=refused, handover_pause_until_ns=pause)
-            return replace(v, successor=None, request="", checkpoint="", lead_sent_ns=0)
+            # Who is stopped waits for one successor, not for one after the other.
+            again = v.hand_over and not (v.retiring and o.successor_fit)
+            return replace(v, successor=None, request="", checkpoint="", lead_sent_ns=0, hand_over=again)
         case "refuse":
             wish = asked(v)
             return replace(v, refused=(wish.id, d.why[:500]) if wish is not None else v.refused)
@@ -161,36 +165,47 @@ def _act(
             # Whatever exchange runs gives way; should its write land, this one's revision is refused.
             revision = v.revision if action != "create" else 0
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
+            v = replace(v, reserving=next_timeline(v) if action == "claim" else 0, reserved=0)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
         case "fence" | "demote" | "activate" | "follow" | "rejoin":
-            generation = _next_generation(v)
-            op = "fence" if action == "demote" else action
-            order = Order(op=op, generation=generation, reason=f"row {d.row}: {d.why}"[:500])
-            if action == "demote":
-                order = replace(order, clean=True)
+            op, clean = "fence" if action == "demote" else action, action == "demote"
+            primary = target(v, me) if action in {"follow", "rejoin"} else None
+            sent = SentOrder(_generation(v, op, primary, clean=clean), op, now_ns, "", primary, clean)
+            order = Order(op, sent.generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean)
             if action == "follow":
                 v = replace(v, follows=v.follows + 1)
-            if action in {"follow", "rejoin"}:
-                order = replace(order, primary=target(v, me))
             if action == "rejoin" and v.cluster is not None:
                 order = replace(order, system_identifier=v.cluster.system_identifier, clone=v.rejoined)
                 v = replace(v, rejoins=v.rejoins + 1, rejoined=False, rejoin_ns=now_ns)
             if action == "activate" and v.cluster is not None:
                 order = replace(
                     order,
+                    timeline=v.reserved,
                     deadline_ns=v.lease_until_ns,
                     sync_count=v.cluster.sync_count,
                     sync_voters=v.cluster.sync_voters,
                 )
+                v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
             v = replace(v, streams=0, unstreamed_ns=0)
-            return replace(v, order=SentOrder(generation, op, now_ns), db=None)
+            return replace(v, order=sent, db=None)
 
 
-def _next_generation(v: View) -> Gen:
+def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool) -> Gen:
+    """The number of an order: the next one, or that of the same order which the fencer has not taken yet.
+
+    With a higher number each time, a fencer whose disk is slow to keep what it accepts would always be one
+    order behind, and no fence of it would ever count as proven.
+    """
     term, order = highest(v)
     cluster_term = v.cluster.term if v.cluster is not None else 0
-    return (cluster_term, 1) if cluster_term > term else (term, order + 1)
+    if cluster_term > term:
+        return (cluster_term, 1)
+    o, f = v.order, v.fencer
+    untaken = o is not None and not o.refused and f is not None and f.highest < o.generation
+    if o is not None and untaken and (o.op, o.primary, o.clean) == (op, primary, clean):
+        return o.generation
+    return (term, order + 1)
 
 
 def _renew(v: View, me: Identity, commands: list[Command]) -> View:
@@ -215,6 +230,7 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
         return replace(v, lead=replace(v.lead, deadline_ns=0, busy="", pending=())) if v.lead.running else v
     if v.intent == "beat" and not v.lead.running and now_ns >= _next_beat(v.lead_sent_ns, v.failures, t):
         lead = replace(v.lead, revision=v.revision)
+        v = replace(v, reserving=next_timeline(v) if _needs_timeline(v) else 0)
         v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns)
     what = register.due(v.lead, now_ns)
     left = v.lead.deadline_ns - now_ns
@@ -227,6 +243,12 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
     record = _cluster_record(v, me, attempt)
     commands.append(Write(CLUSTER_STATE, record, v.lead.revision or 0, attempt, left))
     return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)), lead_record=record)
+
+
+def _needs_timeline(v: View) -> bool:
+    """Whether we may lead anew in our old term: another promotion, another timeline."""
+    activating = v.order is not None and v.order.op == "activate"
+    return v.state is State.FENCED and not v.reserved and not activating
 
 
 def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:
@@ -283,6 +305,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             lsn=c.lsn if c is not None else 0,
             sync_count=me.sync_count,
             sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
+            reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
         )
     vacate = v.intent == "vacate"
@@ -309,6 +332,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         request=v.request,
         clean=clean,
         refused=v.refused or c.refused,
+        reserved=max(v.reserving, c.reserved),
         changes=c.changes,
     )
 
@@ -353,4 +377,5 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         retiring=v.retiring,
         progress=f.progress if f is not None else "",
         cannot_rewind=f.cannot_rewind if f is not None else "",
+        barred=barred(v, me, t, now_ns) != "",
     )

@@ -103,6 +103,11 @@ def needed(v: View, me: Identity, t: Timing, now_ns: int) -> int:
     return int(t.success_threshold * 2 ** min(4, max(0, losses(v, me, now_ns) - 1)))
 
 
+def steady(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
+    """Whether the last heartbeats were good, as many as it takes to lead again."""
+    return v.failures == 0 and v.successes >= needed(v, me, t, now_ns)
+
+
 def stopped(v: View, me: Identity) -> str:
     """Why automatic failover is stopped: too many changes of leadership that nobody has looked into."""
     c, p = v.cluster, me.policy
@@ -191,9 +196,11 @@ def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, s
     if wish is not None or (v.retiring and v.hand_over):
         reasons = {n: _ready(v, n, me, t, now_ns) for n in me.members if n != me.node}
         fit = [n for n, why in reasons.items() if not why]
+        if wish is None:
+            return _heir(v, fit, me, t, now_ns), ""
         best = best_of([v.members[n] for n in fit])
-        to = wish.to or best if wish is not None else best
-        if to in fit or wish is None:
+        to = wish.to or best
+        if to in fit:
             return to, ""
         if to is None:
             return None, "; ".join(reasons.values()) or "there is no other member"
@@ -203,6 +210,13 @@ def wanted(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[str | None, s
         if held and now_ns >= v.handover_pause_until_ns:
             return me.policy.preferred_primary, ""
     return None, ""
+
+
+def _heir(v: View, fit: list[str], me: Identity, t: Timing, now_ns: int) -> str | None:
+    """To whom a node that is being stopped hands over: who is ready, else who streams and may catch up in time."""
+    others = [n for n in me.members if n != me.node and not unfit(v, n, t, now_ns)]
+    catching_up = [n for n in others if v.members[n].streaming]
+    return best_of([v.members[n] for n in fit or catching_up])
 
 
 def confirms(v: View, me: Identity, t: Timing, now_ns: int) -> int:
@@ -249,7 +263,6 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
     flapping = losses(v, me, now_ns) > 1
-    steady = v.failures == 0 and v.successes >= needed(v, me, t, now_ns)
     verdict = candidate.Verdict(ok=False, why="")
     if v.cluster is not None and (who == "vacant" or (who == "other" and is_stale)):
         quiet = now_ns - v.silent_from_ns - (t.failover_ns if who == "other" else 0)
@@ -260,7 +273,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
             v.members,
             settle_ns=t.settle_ns if who == "other" else 0,
             maximum_lag_bytes=me.maximum_lag_bytes,
-            barred=_barred(v, me, steady=steady),
+            barred=barred(v, me, t, now_ns),
             patient=quiet < 2 * (t.interval_ns + t.timeout_ns),
         )
     up = f is not None and f.postgres_up
@@ -272,7 +285,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         lost=v.lost,
         failures=v.failures,
         failing=v.failures >= t.failure_threshold,
-        recovered=steady,
+        recovered=steady(v, me, t, now_ns),
         lease_left=now_ns < v.lease_until_ns,
         fencer_known=f is not None,
         granted=(
@@ -301,6 +314,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         latched=f is not None and f.latched is not None,
         trusted=f is not None and f.trusted,
         identified=f is not None and f.system_identifier is not None,
+        reserved=v.reserved > 0,
         virgin=f is not None and f.highest[0] == 0,
         may_claim=now_ns >= v.claim_pause_until_ns,
         writing=v.intent != "beat",
@@ -316,7 +330,9 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         successor_fit=successor_fit,
         confirmed=confirmed,
         successor_why=successor_why,
-        named_long=v.successor is not None and v.checkpoint == "done" and now_ns - v.named_ns > t.failover_ns,
+        named_long=v.successor is not None
+        and (v.checkpoint == "done" or v.retiring)
+        and now_ns - v.named_ns > t.failover_ns,
         unable=rejoin.unable(v, me, now_ns),
         rejoin_due=not is_stale and rejoin.due(v, me, t, now_ns),
         rejoining=rejoining(v),
@@ -326,14 +342,14 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     )
 
 
-def _barred(v: View, me: Identity, *, steady: bool) -> str:
+def barred(v: View, me: Identity, t: Timing, now_ns: int) -> str:
     """Why this node may not promote whatever its WAL; empty: it may."""
     c = v.cluster
     if v.retiring:
         return "this agent was asked to stop"
     if distrust(v):
         return f"the store is distrusted: {distrust(v)}"
-    if v.losses and not steady:
+    if v.losses and not steady(v, me, t, now_ns):
         return "leadership was lost here more than once: waiting for more good heartbeats"
     planned = c is not None and c.primary is None and c.successor is not None
     return "" if planned else stopped(v, me)

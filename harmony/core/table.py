@@ -57,6 +57,7 @@ class Observation:
     latched: bool
     trusted: bool
     identified: bool  # the fencer has read the data directory's system identifier
+    reserved: bool  # a timeline is reserved in the store for our next promotion
     virgin: bool  # this node has never accepted any generation
     may_claim: bool  # the pause after a claim that came to nothing is over
     writing: bool  # a claim, creation or vacancy is being written and its fate is not known
@@ -311,7 +312,7 @@ TABLE: tuple[Row, ...] = (
     _row(404, S.FENCED, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.HEALTHY, "PostgreSQL is the writable primary again"),
     _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence", detail=_order_why),
     _row(407, S.FENCED, "ours, store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.fence_proven, S.FENCED, "ALARM, staying fenced:", detail=lambda o: o.distrust),
-    _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
+    _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.reserved and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
     _row(410, S.FENCED, "fence no longer proven", lambda o: not o.fence_proven and o.order_op != "activate", S.P_FAILED, "the fence is not proven any more; fencing again", "fence"),
     _row(490, S.YIELDING, "demotion under way", lambda o: o.leads == "me" and o.order == "running" and o.order_op == "fence", S.YIELDING, "PostgreSQL shuts down and ships its last WAL"),
     _row(492, S.YIELDING, "demoted for a successor", _hands_over, S.YIELDING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
@@ -361,7 +362,7 @@ TABLE: tuple[Row, ...] = (
     _row(806, S.PROMOTING, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.LEADER, "promoted: PostgreSQL is the writable primary"),
     _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence", detail=_order_why),
     _row(809, S.PROMOTING, "store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.order_op != "activate", S.PROMOTING, "ALARM, not activating:", detail=lambda o: o.distrust),
-    _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),
+    _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.reserved and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),
     *_leader_rows(900, S.LEADER, S.DEMOTING, S.DEMOTING),
     _row(996, S.DEMOTING, "demoted for a successor", _hands_over, S.DEMOTING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
     _row(1000, S.DEMOTING, "fence proven, heartbeats failing", lambda o: o.fence_proven and o.failing and not o.lost, S.R_FAILED, "the fence is proven; the store is out of reach"),

@@ -86,6 +86,8 @@ class SentOrder(msgspec.Struct, frozen=True):
     op: OrderOp
     sent_ns: int
     refused: str = ""
+    primary: str | None = None
+    clean: bool = False
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]
@@ -111,6 +113,8 @@ class View(msgspec.Struct, frozen=True):
     intent: Intent = "beat"
     lead_record: ClusterState | None = None
     lead_sent_ns: int = 0  # start of the newest heartbeat
+    reserving: int = 0  # the timeline that the exchange under way reserves; 0: none
+    reserved: int = 0  # that is ours for the next activation; 0: none
     lost: bool = False
     lease_until_ns: int = 0
     renewed: tuple[Gen, int] = ((0, 0), 0)
@@ -220,6 +224,16 @@ def target(v: View, me: Identity) -> str | None:
     if v.cluster is None or v.cluster.primary is None or v.cluster.primary == me.node:
         return None
     return v.cluster.primary
+
+
+def next_timeline(v: View) -> int:
+    """A number that no promotion in this cluster has been given, as far as the store and its members tell."""
+    c, f = v.cluster, v.fencer
+    known = [m.timeline for m in v.members.values()]
+    known += [c.reserved, c.timeline] if c is not None else []
+    known += [v.db.timeline] if v.db is not None else []
+    known += [f.timeline] if f is not None else []
+    return max(known, default=0) + 1
 
 
 def silence_ns(v: View) -> int:

@@ -260,6 +260,8 @@ def fencer_status(
         "cannot_lead": "",
         "progress": "",
         "unfinished": False,
+        "cannot_rewind": "",
+        "timeline": 4,
         "change": 1,
         "shutdown_lsn": None,
     }

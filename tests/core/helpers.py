@@ -48,6 +48,7 @@ def observation(state: State, **changes: object) -> Observation:
         latched=False,
         trusted=True,
         identified=True,
+        reserved=True,
         virgin=False,
         may_claim=True,
         writing=False,

@@ -98,3 +98,11 @@ def test_equal_rivals_are_ordered_by_name_and_waited_for_only_so_long() -> None:
     third = replace(ME, node="n3")
     assert not verdict(third, cluster(), member("n2")).ok
     assert verdict(third, cluster(), member("n2"), patient=False).ok
+
+
+def test_nobody_waits_for_a_node_that_will_not_promote() -> None:
+    """D10: it has flapped, is being stopped, or distrusts; whoever waited for it would wait in vain."""
+    record = cluster(sync_count=0, sync_voters=())
+    assert "goes first" in verdict(ME, record, member("n3", received_lsn=1001)).why
+    assert verdict(ME, record, member("n3", received_lsn=1001, barred=True)).ok
+    assert "more WAL" in verdict(ME, cluster(), member("n3", received_lsn=1001, barred=True)).why

@@ -353,6 +353,43 @@ def test_retirement_without_a_successor_does_not_wait(hand_over: bool) -> None:
     assert not c.orders
 
 
+def test_who_is_stopped_waits_for_a_standby_that_catches_up() -> None:
+    """O1: at the moment of SIGTERM nobody is within maximum_lag_bytes; a moment later n3 is."""
+    c = Leading()
+    c.say("n2", streaming=False, received_lsn=500)
+    c.say("n3", received_lsn=0)
+    c.do(0.1, Retiring(hand_over=True))
+    c.do(1.0)
+    assert (c.stop, c.record.successor, c.orders) == (None, "n3", [])
+    c.say("n3", received_lsn=1000, confirms=3)
+    c.do(0.3)
+    assert c.orders[0].clean
+    assert c.stop is None
+
+
+def test_who_is_stopped_waits_for_one_standby_and_not_for_ever() -> None:
+    """O1: failover_timeout, even where its own checkpoint does not end."""
+    c = Leading()
+    c.checkpointed = False
+    c.do(0.1, Retiring(hand_over=True))
+    c.do(FAST.failover_timeout_s - 0.5)
+    assert c.stop is None
+    c.do(1.0)
+    assert c.stop is not None
+    assert c.orders == []
+
+
+def test_who_is_stopped_turns_to_another_when_the_named_one_is_lost() -> None:
+    """O1."""
+    c = Leading()
+    c.do(0.3, Retiring(hand_over=True))
+    first = str(c.record.successor)
+    c.say(first, latched=True)
+    c.do(0.3)
+    assert {first, c.record.successor} == {"n2", "n3"}
+    assert c.stop is None
+
+
 def test_who_is_stopped_says_so_first() -> None:
     """O1: so that no leader names it; where the store is gone it waits a heartbeat's timeout and no longer."""
     c = Leading()

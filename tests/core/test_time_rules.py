@@ -228,6 +228,46 @@ def test_a_proof_is_of_the_newest_order() -> None:
     assert not observe(later, ME, FAST, T0).fence_proven
 
 
+def test_a_fencer_whose_disk_is_slow_gets_the_same_order_again() -> None:
+    """W3: a higher number each time, and it would always be one order behind: its fence would never be the newest."""
+    me, v, now = identity("n1"), leader(), T0
+    alone = fencer("n1", active=(3, 1), lease_deadline_ns=T0 + NS, is_standby=False, following=None)
+    sent: list[Order] = []
+    while now < T0 + 10 * NS:
+        now += NS // 20
+        v, commands = step(v, [alone], me, FAST, now)
+        sent += [c for c in commands if isinstance(c, Order)]
+    assert len(sent) > 3
+    assert {(c.op, c.generation) for c in sent} == {("fence", (3, 2))}
+    proven = fencer(
+        "n1",
+        highest=(3, 2),
+        order=(3, 2),
+        order_op="fence",
+        order_state="done",
+        fence_proven=True,
+        postgres_up=False,
+    )
+    v, _ = step(v, [proven], me, FAST, now + 1)
+    assert v.state is State.FENCED
+
+
+def test_another_order_or_one_that_was_refused_gets_a_number_of_its_own() -> None:
+    """W3: a number is one order, for ever."""
+    v = leader()
+    v = msgspec.structs.replace(v, order=SentOrder((3, 5), "follow", T0 - 20 * NS, primary="n2"))
+    other = fencer("n1", active=None, is_standby=False, following=None)
+    later, commands = step(v, [other], identity("n1"), FAST, T0)
+    assert [(c.op, c.generation) for c in commands if isinstance(c, Order)] == [("fence", (3, 6))]
+    soft = msgspec.structs.replace(v, order=SentOrder((3, 5), "fence", T0 - 20 * NS, clean=True))
+    _, commands = step(soft, [other], identity("n1"), FAST, T0)
+    assert [(c.op, c.generation) for c in commands if isinstance(c, Order)] == [("fence", (3, 6))]
+    refused = msgspec.structs.replace(later.order, refused="no")  # type: ignore[type-var]
+    again = msgspec.structs.replace(later, order=refused)
+    _, commands = step(again, [other], identity("n1"), FAST, T0 + 2 * NS)
+    assert [(c.op, c.generation) for c in commands if isinstance(c, Order)] == [("fence", (3, 7))]
+
+
 def test_an_answer_from_before_an_order_says_nothing_of_what_it_did() -> None:
     """W4: "primary", asked before the fence, is not the state after it."""
     v, _ = step(initial(ME), [fencer(), seen(cluster(), 50)], ME, FAST, T0)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from harmony.core.messages import Gen, Marks
 from harmony.core.register import Attempt, Register
+from harmony.core.rejoin import FOLLOW_PAUSE_NS, FOLLOW_PAUSES
 from harmony.core.states import State
 from harmony.core.timing import NS, Timing
 from harmony.core.view import View
@@ -69,7 +70,7 @@ def renumbered(v: View, names: Mapping[Gen, Gen]) -> View:
 def cluster(c: ClusterState) -> ClusterState:
     """Without what no decision of two nodes reads: the attempt is kept beside the record."""
     refused = (c.refused[0], "") if c.refused is not None else None
-    return replace(c, attempt="", beat=0, status=State.HEALTHY, changes=(), refused=refused)
+    return replace(c, attempt="", beat=0, status=State.HEALTHY, changes=(), reserved=0, refused=refused)
 
 
 def member(m: Member, t: Timing) -> Member:
@@ -86,6 +87,7 @@ def member(m: Member, t: Timing) -> Member:
         silent_ns=t.settle_ns if counts and m.silent_ns >= t.settle_ns else 0,
         generation="",
         lease_left_ms=None,
+        barred=False,
     )
 
 
@@ -140,7 +142,10 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         quiet = patience
     order = v.order
     if order is not None:
-        order = replace(order, sent_ns=past(order.sent_ns, 2), refused="refused" if order.refused else "")
+        longest = max(2, FOLLOW_PAUSE_NS * 2 ** min(v.follows, FOLLOW_PAUSES + 1) // (2 * UNIT))
+        order = replace(
+            order, sent_ns=past(order.sent_ns, longest), refused="refused" if order.refused else ""
+        )
     record = v.lead_record if v.lead.running else None
     return replace(
         v,
@@ -158,6 +163,8 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         lead_record=cluster(record) if record is not None else None,
         lead_sent_ns=past(v.lead_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
         lease_until_ns=past(v.lease_until_ns, 0),
+        reserving=min(v.reserving, 1),
+        reserved=min(v.reserved, 1),
         renewed=(v.renewed[0], v.renewed[1] - shift_ns) if v.renewed[1] - shift_ns > NOW else ((0, 0), 0),
         claim_pause_until_ns=_future(v.claim_pause_until_ns, shift_ns),
         members=Fixed({n: _seen_moved(member(v.members[n], t), by) for n in others}),
@@ -178,6 +185,9 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         marks=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept_ns=NOW,
+        streams=0,  # without WAL nothing diverges, and rejoin.mode is off
+        unstreamed_ns=0,
+        follows=min(v.follows, FOLLOW_PAUSES + 1),
         own_back_ns=0,
         went_back_ns=past(v.went_back_ns, t.lease_ns / UNIT + 1),
         fencer=None,

@@ -569,7 +569,7 @@ class SteppedEngine:
             await self.step(call, "reload")
             self._must_run()
 
-    async def promote(self) -> int:
+    async def promote(self, reserved: int) -> int:
         async with self.effect("promote") as call:
             await self.step(call, "trigger")
             self._must_run()

@@ -196,12 +196,13 @@ class Node:
         assert isinstance(reply, protocol.Status)
         return reply
 
-    def activate(self, term: int, order: int, seconds: float = LEASE_S) -> protocol.Reply:
+    def activate(self, term: int, order: int, seconds: float = LEASE_S, timeline: int = 0) -> protocol.Reply:
         return self.ask(
             protocol.Activate(
                 generation=protocol.Generation(term, order),
                 deadline_boottime_ns=boot_ns() + round(seconds * 1e9),
                 sync=protocol.SyncRule(0, ()),
+                timeline=timeline,
             )
         )
 

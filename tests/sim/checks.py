@@ -28,6 +28,7 @@ class Checks:
         self.writing: dict[str, Host] = {}
         self.claims: dict[int, set[str]] = {}
         self.acked: dict[Branch, int] = {}
+        self.begins: dict[int, Branch] = {}
         self.highest: dict[str, Generation] = {}
 
     # ------------------------------------------------------------ I1, I2, I4: who accepts commits
@@ -51,6 +52,14 @@ class Checks:
             who = ", ".join(sorted(claimed)) or "nobody"
             raise Violation(f"I4: {host.name} is activated in term {term}, which {who} has claimed")
         self.holds_all(host)
+
+    def begun(self, branch: Branch) -> None:
+        """A promotion has begun a timeline: a number means one history, or no position could be compared."""
+        other = self.begins.setdefault(branch.timeline, branch)
+        if other is not branch and not self._world.rolled:
+            raise Violation(
+                f"I2: timeline {branch.timeline} begins twice, by {other.who} and by {branch.who}"
+            )
 
     def holds_all(self, host: Host) -> None:
         """I2: every acknowledged commit is here."""

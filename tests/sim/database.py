@@ -1,7 +1,8 @@
 """A model of PostgreSQL on one host, of streaming replication, and of the clients that write inside each host.
 
-WAL is a tree of branches: a promotion begins a branch with the next timeline *number* that this node knows of, so
-two nodes can begin two branches with one number, as in real life. A position on a branch stands for all before it.
+WAL is a tree of branches: a promotion begins a branch. Left alone, PostgreSQL takes the next timeline *number* that its
+node knows of, so that two nodes can begin two branches with one number; nothing compares branches but this model.
+A position on a branch stands for all before it.
 
 An acknowledged commit (synchronous) is one that `count` of the voters have flushed, as the primary learned while
 it still ran. It decides nothing and fences nothing: who starts, stops and promotes it is the fencer's model.
@@ -105,15 +106,18 @@ class Postgres:
         self.halted = self.frozen = self.closing = False
         self.host.world.checks.look(self.host)
 
-    def promote(self, term: int) -> None:
+    def promote(self, term: int, timeline: int) -> None:
         """It becomes writable."""
         self.must_be_whole()
-        self.branch = Branch(self.branch.timeline + 1, self.branch, self.end, self.host.name)
+        if not self.host.world.rules.timelines_reserved:
+            timeline = self.branch.timeline + 1
+        self.branch = Branch(timeline, self.branch, self.end, self.host.name)
         self.end += 100
         self.mode, self.signal, self.following = "primary", False, None
         self.flushed, self.term = {}, term
         world = self.host.world
         world.checks.activated(self.host, term)
+        world.checks.begun(self.branch)
         world.checks.look(self.host)
         world.say(f"{self.host.name} WRITABLE in term {term}, timeline {self.branch.timeline}")
         self.write()

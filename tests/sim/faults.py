@@ -45,7 +45,7 @@ HOST = {
     "host-lost": 5, "host-paused": 6, "agent-frozen": 6, "agent-killed": 6, "agent-retired": 3, "harmony-stopped": 3,
     "fencer-killed": 5, "postgres-killed": 6, "postgres-restarted": 2, "postgres-clings": 5, "postgres-fails": 3,
     "promotion-fails": 3, "probe-silent": 4, "host-slow": 3, "foreign": 2, "latch": 3, "fencer-brittle": 3,
-    "agent-stalls": 5,
+    "agent-stalls": 5, "disk-slow": 3,
 }  # fmt: skip
 LINK = {
     "cut": 8, "requests-lost": 5, "answers-lost": 5, "watch-dead": 4, "lossy": 6, "acks-lost": 5, "late-writes": 5,
@@ -124,6 +124,8 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
             return s.timing.failover_timeout_s * r.uniform(-2.5, 2.5)
         case "host-slow":
             return r.uniform(1.5, 5)
+        case "disk-slow":
+            return s.timing.fence_timeout_s * r.uniform(0.3, 2)
         case "agent-stalls":
             return s.timing.failover_timeout_s * r.uniform(0.9, 2.2)
         case "agent-retired" | "foreign" | "made-anew":
@@ -136,7 +138,8 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
 
 _SPANS = frozenset(
     {"host-lost", "host-paused", "agent-frozen", "agent-killed", "postgres-clings", "postgres-fails",
-     "promotion-fails", "probe-silent", "host-slow", "foreign", "latch", "fencer-brittle", "agent-stalls", "election",
+     "promotion-fails", "probe-silent", "host-slow", "foreign", "latch", "fencer-brittle", "agent-stalls", "disk-slow",
+     "election",
      "store-down", *LINK}
 )  # fmt: skip
 
@@ -196,6 +199,8 @@ def _end(world: World, f: Fault) -> None:
             host.stall_ns = 0
         case "host-slow":
             host.slow /= f.amount
+        case "disk-slow":
+            host.disk_ns -= round(f.amount * NS)
         case "foreign":
             host.foreign -= 1
             fencer.bell()
@@ -249,6 +254,8 @@ def _host(world: World, f: Fault) -> bool:
             host.stall_ns = round(f.amount * NS)
         case "host-slow":
             host.slow *= f.amount
+        case "disk-slow":  # for what the fencer keeps of an order, ahead of carrying it out
+            host.disk_ns += round(f.amount * NS)
         case "foreign":  # a data directory that was put in place of the right one, while nothing wrote
             if pg.mode == "primary" or fencer.active is not None:
                 return False

@@ -26,6 +26,7 @@ from harmony_fencer import lease as leases
 from harmony_fencer import protocol
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, admit
 from harmony_fencer.protocol import Generation, OrderRecord, OrderState, Refusal
+from tests.orders import request
 from tests.sim.ladder import Ladder, Then
 from tests.sim.rejoin import Rejoin
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Host
 
 CLEAN_SHARE = 0.5
-DISK_NS = 400_000_000  # the longest that its disk takes
+DISK_NS = 400_000_000  # the longest that its disk takes where it is not slow
 RESTART_SHARE = 0.6  # of fence_timeout: how long a dead fencer takes to be there again
 
 
@@ -151,6 +152,7 @@ class Fencer:
             order_op=order.op if order is not None else "",
             order_state=order.state if order is not None else "",
             order_detail=order.detail if order is not None else "",
+            timeline=pg.branch.timeline,
             fence_proven=proven,
             postgres_up=not (pg.gone or believes),
             following=self.following if not pg.gone and pg.signal else None,
@@ -181,8 +183,7 @@ class Fencer:
         if not self.alive:
             return
         now = self.host.boot()
-        request = protocol.Renew(generation=Generation(*r.generation), deadline_boottime_ns=r.deadline_ns)
-        verdict = admit(self._facts(), request, "agent", now)
+        verdict = admit(self._facts(), request(r), "agent", now)
         if isinstance(verdict, Extend):
             clamped = leases.clamp(verdict.deadline_ns, now, self.t.lease_ns)
             self.deadline_ns = max(self.deadline_ns, clamped)
@@ -190,23 +191,7 @@ class Fencer:
 
     def ordered(self, o: Order) -> None:
         """The agent's order arrives."""
-        generation = Generation(*o.generation)
-        request: protocol.Request
-        if o.op == "activate":
-            rule = protocol.SyncRule(o.sync_count, o.sync_voters)
-            request = protocol.Activate(generation=generation, deadline_boottime_ns=o.deadline_ns, sync=rule)
-        elif o.op == "follow":
-            request = protocol.Follow(generation=generation, primary=o.primary)
-        elif o.op == "rejoin":
-            request = protocol.Rejoin(
-                generation=generation,
-                primary=o.primary or "",
-                system_identifier=o.system_identifier,
-                clone=o.clone,
-            )
-        else:
-            request = protocol.Fence(generation=generation, reason="", clean=o.clean)
-        self.asked(request, "agent")
+        self.asked(request(o), "agent")
 
     def asked(self, request: protocol.Request, peer: Peer) -> None:
         """One request; those that change something wait for each other."""
@@ -234,9 +219,8 @@ class Fencer:
         if isinstance(request, protocol.OperatorFence):
             self.latched = True
         self.accepting = record
-        # Below what the core waits for an order to be taken (ORDER_LOST_NS): a slower disk is no livelock of ours.
         disk_ns = int(min(DISK_NS, self.t.stop_ns * 0.1) * self.host.rng.random() ** 2)
-        self.host.later(disk_ns, self._accepted, self.life, record, request)
+        self.host.later(disk_ns + self.host.disk_ns, self._accepted, self.life, record, request)
 
     def _keep(self, record: OrderRecord) -> None:
         self.kept_highest, self.kept_order = record.generation, record
@@ -259,7 +243,7 @@ class Fencer:
             self.active = record.generation
             self.deadline_ns = leases.clamp(request.deadline_boottime_ns, now, self.t.lease_ns)
             self._save_lease()
-            self._activate(effect, record, request.sync)
+            self._activate(effect, record, request)
         elif isinstance(request, protocol.Follow):
             self._drop_lease()
             self._follow(effect, record)
@@ -371,8 +355,8 @@ class Fencer:
 
         self.stop(effect, clean_until_ns, then)
 
-    def _activate(self, effect: int, record: OrderRecord, sync: protocol.SyncRule) -> None:
-        host, pg, life = self.host, self.host.pg, self.life
+    def _activate(self, effect: int, record: OrderRecord, request: protocol.Activate) -> None:
+        host, pg, life, sync = self.host, self.host.pg, self.life, request.sync
 
         def failed(why: str) -> None:
             host.pg_halt()
@@ -415,9 +399,11 @@ class Fencer:
                 failed("before the promotion the lease was over, or an operator fenced this node")
             elif host.promotion_fails:
                 failed("PostgreSQL does not promote")
+            elif request.timeline <= pg.branch.timeline and host.world.rules.timelines_reserved:
+                failed("the timeline is taken")
             else:
                 took = self.while_(0.6)
-                host.later(took, host.pg_promote, pg.run, record.generation.term, sync)
+                host.later(took, host.pg_promote, pg.run, record.generation.term, request)
                 host.later(took + self.while_(0.1), promoted)
 
         def promoted() -> None:

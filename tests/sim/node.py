@@ -74,6 +74,7 @@ class Host:
         self.paused = 0  # faults: nothing of it runs
         self.backlog: list[Callable[[], None]] = []
         self.slow = 1.0
+        self.disk_ns = 0  # faults: what the fencer's disk takes longer
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
         self.probe_silent = 0
@@ -226,11 +227,11 @@ class Host:
         if self.pg.run == run and not (self.pg.gone or self.pg.halted):
             self.pg.close()
 
-    def pg_promote(self, run: int, term: int, sync: protocol.SyncRule) -> None:
+    def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
         if pg.run == run and pg.mode == "standby" and not pg.frozen:
-            pg.count, pg.voters = sync.count, sync.voters
-            pg.promote(term)
+            pg.count, pg.voters = request.sync.count, request.sync.voters
+            pg.promote(term, request.timeline)
             self.fencer.bell()
 
     # ------------------------------------------------------------ the agent's process
