@@ -408,7 +408,7 @@ def test_every_other_reply_always_fits(character: str) -> None:
 
 
 def test_what_fits_is_not_cut() -> None:
-    status = full("x" * 900, 3)
+    status = full("x" * 800, 3)
     assert decode_reply(body(status)) == status
 
 
