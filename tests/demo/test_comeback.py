@@ -88,6 +88,12 @@ class Old:
         found = [n.member.progress for n in reply.nodes if n.name == self.name and n.member] if reply else []
         return "".join(found)
 
+    def why(self) -> str:
+        """As `harmonyctl status` tells it at another node."""
+        reply = ask_status(self.cluster.nodes[self.leader()].admin_socket, 1.0)
+        found = [n.member.why for n in reply.nodes if n.name == self.name and n.member] if reply else []
+        return "".join(found)
+
     def back(self) -> bool:
         self.running.recorders.poll()
         newest = self.running.recorders.writer.acks[-1].id
@@ -156,4 +162,18 @@ def test_an_agent_and_a_fencer_that_are_killed_meanwhile(running: Running) -> No
     running.until("it is back as a streaming standby", old.back, 120)
     assert len(kills) >= 2, kills
     assert old.lost_rows() == 0
+    running.check(old.fault_ns, old.leader())
+
+
+def test_a_standby_that_cannot_start_is_copied(running: Running) -> None:
+    """Its WAL is gone: named, tried again with a longer and longer pause, then copied; the old one is kept."""
+    old = Old(running)
+    for file in (old.node.data_dir / "pg_wal").iterdir():
+        if file.is_file():
+            file.unlink()
+    running.cluster.start_supervisor(old.name)
+    running.until("its reason is told", lambda: "valid checkpoint record" in old.why(), 60)
+    running.until("it is back as a streaming standby", old.back, 120)
+    assert "copied anew from" in old.log()
+    assert len(old.kept()) == 1
     running.check(old.fault_ns, old.leader())

@@ -123,3 +123,16 @@ def test_a_wrong_setting_is_no_reason_for_a_copy(pair: Pair) -> None:
     assert record.state == "done", record
     assert "rewound" in record.detail
     pair.healthy()
+
+
+def test_whether_pg_rewind_could_help_is_told_at_start(pair: Pair) -> None:
+    """From the control file: before PostgreSQL has ever run under Harmony, it says what a rejoin would mean."""
+    node = pair.node
+    conf = node.data / "postgresql.conf"
+    conf.write_text(conf.read_text().replace("wal_log_hints = 'on'", ""))
+    node.start()
+    node.wait(lambda: "wal_log_hints is off" in node.status().cannot_rewind, "it is told")
+    assert "a copy will be made" in node.status().cannot_rewind
+    assert "wal_log_hints is off" in node.log()
+    node.make_writable()
+    node.wait(lambda: node.status().cannot_rewind == "", "it is told that pg_rewind could help from now on")
