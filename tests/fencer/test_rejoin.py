@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -242,3 +243,82 @@ def test_a_fencer_killed_at_any_step_is_taken_up(
     assert record.state == "done", (record, node.log())
     pair.healthy()
     assert set(pair.beside) <= {"harmony-old-"}
+
+
+def stopped(pair: Pair, program: str) -> int:
+    """The program at work on n1's directories, stopped (SIGSTOP)."""
+    found: list[int] = []
+
+    def look() -> bool:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            line = _command(pid)
+            if (
+                program.encode() in line
+                and os.fsencode(str(pair.node.data)) in line
+                and b"setpriv" not in line
+            ):
+                os.kill(int(pid), signal.SIGSTOP)
+                found.append(int(pid))
+                return True
+        return False
+
+    pair.node.wait(look, f"{program} runs")
+    return found[0]
+
+
+def test_what_somebody_has_started_meanwhile_is_not_taken_away_from_below(pair: Pair) -> None:
+    """I1: in a directory that was moved away nobody would see it become a primary. What was copied is not lost."""
+    pair.diverge()
+    node = pair.node
+    assert isinstance(pair.send(clone=True), protocol.Accepted)
+    copying = stopped(pair, "pg_basebackup")
+    before = node.data.stat().st_ino
+    node.hand()
+    node.wait(lambda: node.in_recovery() is not None, "somebody has started it")
+    os.kill(copying, signal.SIGCONT)
+    record = node.outcome()
+    assert record.state == "failed", record
+    assert "somebody has started PostgreSQL" in record.detail
+    assert node.data.stat().st_ino == before
+    record = pair.rejoin(clone=True)
+    assert record.state == "done", record
+    pair.healthy()
+
+
+def test_a_stray_primary_is_fenced_while_a_copy_is_made(pair: Pair) -> None:
+    """I1: a copy takes hours."""
+    pair.diverge()
+    node = pair.node
+    assert isinstance(pair.send(clone=True), protocol.Accepted)
+    copying = stopped(pair, "pg_basebackup")
+    try:
+        node.hand()
+        node.wait(lambda: node.in_recovery() is not None, "somebody has started it")
+        node.promote_by_hand()
+        node.wait(lambda: not node.pids(), "it is fenced", 5)
+        assert node.status().is_standby
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the fence has ended it, too
+            os.kill(copying, signal.SIGCONT)
+    assert pair.rejoin(clone=True).state == "done"
+    pair.healthy()
+
+
+def test_the_old_one_is_kept_until_the_new_one_streams(pair: Pair) -> None:
+    """O5: whatever the limits say."""
+    pair.node.configure(rejoin={"keep_old": 0})
+    pair.node.set_postgres(primary_slot_name="missing")
+    pair.diverge()
+    record = pair.rejoin(clone=True)
+    assert "it does not stream" in record.detail, (record, pair.logs())
+    (old,) = pair.beside.values()
+    assert (old / "global" / "pg_control").exists()
+    pair.primary.run("SELECT pg_create_physical_replication_slot('missing')")
+    pair.follow()
+    pair.healthy()
+    assert old.exists()
+    pair.node.fence(2, 900)
+    pair.order = 900
+    assert f"removed {old.name}" in pair.rejoin().detail
+    pair.healthy()
+    assert pair.beside == {}
