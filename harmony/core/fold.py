@@ -78,11 +78,13 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSeen():
             if v.order is not None and e.asked_ns < v.order.sent_ns:
                 return v  # asked before our newest order: says nothing of what that did
+            if v.order is not None and e.db == "standby" and e.asked_ns < v.order.done_ns:
+                return v  # asked before the end of a promotion
             return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
-            return _rejoin_seen(_fencer_seen(v, f), f, now_ns)
+            return _rejoin_seen(_fencer_seen(v, f, now_ns), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case CheckpointDone():
@@ -118,8 +120,12 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
     return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
 
 
-def _fencer_seen(v: View, f: FencerView) -> View:
+def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
+    o = v.order
+    if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
+        before = v.db is not None and v.db.db == "standby"
+        v = replace(v, order=replace(o, done_ns=now_ns), db=None if before else v.db)
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven

@@ -48,6 +48,8 @@ def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
             return "failed", "its lease ran out"
         if f.order_state == "done" and o.op == "activate" and not f.postgres_up:
             return "failed", "PostgreSQL died right after it"
+        if f.order_state == "done" and o.op == "activate" and v.db is not None and v.db.db == "standby":
+            return "failed", "PostgreSQL was restarted right after it, by somebody else, as a standby"
         return ("done" if f.order_state == "done" else "running"), ""
     if f is not None and f.highest > o.generation:
         return "failed", "superseded by a newer order"
@@ -334,7 +336,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and (v.checkpoint == "done" or v.retiring)
         and now_ns - v.named_ns > t.failover_ns,
         unable=rejoin.unable(v, me, now_ns),
-        rejoin_due=not is_stale and rejoin.due(v, me, t, now_ns),
+        rejoin_due=rejoin.due(v, me, t, now_ns),
         rejoining=rejoining(v),
         astray=rejoin.astray(v, me, is_stale=is_stale),
         rejoin_why=rejoin.why(v, now_ns),

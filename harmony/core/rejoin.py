@@ -49,7 +49,7 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
 
 
 def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
-    """Whether a rejoin, which destroys what only this node has, may be ordered now; stale is for the caller to see.
+    """Whether a rejoin, which destroys what only this node has, may be ordered now; a row sees to staleness.
 
     Only for a primary that is seen writing, in a term that this node's fencer has not gone beyond.
     """

@@ -88,6 +88,7 @@ class SentOrder(msgspec.Struct, frozen=True):
     refused: str = ""
     primary: str | None = None
     clean: bool = False
+    done_ns: int = 0  # when the fencer was first seen to have carried it out
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]

@@ -34,6 +34,7 @@ class Following:
         self.view: View = initial(self.me)
         self.fencer = fencer()
         self.beating = True  # the primary
+        self.primary_talks = False  # its own record goes on, whatever becomes of its heartbeat
         self.timeline, self.lsn, self.streaming = 4, 1000, True
         self.up = True
         self.orders: list[Order] = []
@@ -52,6 +53,8 @@ class Following:
             if self.beating:
                 self.revision += 1
                 events.append(msgspec_seen(self.record, self.revision, self.now))
+            if self.beating or self.primary_talks:
+                self.revision += 1
                 events.append(MemberSeen("n1", self.primary, self.revision, EPOCH + self.now))
             if self.up:
                 events.append(
@@ -166,7 +169,7 @@ def test_never_while_the_primary_is_stale() -> None:
     c = Following()
     c.diverges()
     c.do(AFTER_S - FAST.failover_timeout_s - 1)
-    c.beating = False
+    c.beating, c.primary_talks = False, True
     c.do(6 * AFTER_S)
     assert "rejoin" not in c.ops
 

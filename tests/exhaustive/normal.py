@@ -144,7 +144,10 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
     if order is not None:
         longest = max(2, FOLLOW_PAUSE_NS * 2 ** min(v.follows, FOLLOW_PAUSES + 1) // (2 * UNIT))
         order = replace(
-            order, sent_ns=past(order.sent_ns, longest), refused="refused" if order.refused else ""
+            order,
+            sent_ns=past(order.sent_ns, longest),
+            done_ns=past(order.done_ns, 2) if order.done_ns else 0,
+            refused="refused" if order.refused else "",
         )
     record = v.lead_record if v.lead.running else None
     return replace(

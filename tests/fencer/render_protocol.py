@@ -57,6 +57,8 @@ MEANING = {
     "Hello.client": "the caller's name, for people",
     "Activate.generation": _GENERATION,
     "Activate.deadline_boottime_ns": _DEADLINE,
+    "Activate.timeline": "what the promotion must begin, reserved in the store "
+    "([ADR 011](adr/011-timelines-are-reserved.md)); 0: whatever PostgreSQL takes",
     "Activate.sync": "the synchronous replication to be configured before it may write",
     "Fence.generation": _GENERATION,
     "Fence.reason": _REASON,
@@ -112,6 +114,7 @@ MEANING = {
     "Status.postgres_starts": "starts seen by this fencer process: betrays a crash and restart between two looks",
     "Status.following": "the primary of the last `follow` done, while PostgreSQL runs as a standby",
     "Status.is_standby": "`standby.signal` is there: whoever starts PostgreSQL gets a read-only standby",
+    "Status.timeline": "the newest with WAL here, as seen at the start or by an activate; 0: not known yet",
     "Status.system_identifier": "PostgreSQL's, once it has been read",
     "Status.latch": "the operator's fence in force",
     "Status.held_by": "how PostgreSQL's processes are held: a cgroup, or the process tree and why, for people",
