@@ -177,8 +177,6 @@ RULES = [
      "        if False:\n            raise Disturbed(", "tests/fencer/test_rejoin.py -k from_below"),
     ("rejoin: of this cluster only", f"{FENCER}/rejoin.py", "            if found != system_identifier:\n",
      "            if False:\n", "tests/fencer/test_rejoin.py -k another_clusters"),
-    ("rejoin: a copy of this cluster only", f"{FENCER}/rejoin.py", "            if found != system:\n",
-     "            if False:\n", "tests/fencer/test_rejoin.py -k another_clusters"),
     ("rejoin: the old one is kept", f"{FENCER}/rejoin.py",
      "await self._change(lambda change: change.act(lambda: move(place, target)), parent=True)",
      "await self._remove(place)", "tests/fencer/test_rejoin.py -k without_the_wal"),
