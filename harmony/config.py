@@ -114,6 +114,15 @@ class Failover(_Section, frozen=True):
     on_stop: Literal["handover", "fence"] = "handover"
 
 
+class Rejoin(_Section, frozen=True):
+    mode: Literal["automatic", "off"] = "automatic"
+    after_s: Seconds = 10.0
+    clone: bool = True
+    keep_old: Annotated[int, msgspec.Meta(ge=0, le=100)] = 1
+    keep_old_mb: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 0
+    keep_free_mb: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 256
+
+
 class Postgresql(_Section, frozen=True):
     data_dir: Absolute
     config_file: Absolute | None = None
@@ -162,6 +171,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     timing: Timing
     replication: Replication
     failover: Failover
+    rejoin: Rejoin
     postgresql: Postgresql
     watchdog: Watchdog
     agent: Agent
@@ -176,6 +186,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "timing": TimingSection,
     "replication": Replication,
     "failover": Failover,
+    "rejoin": Rejoin,
     "postgresql": Postgresql,
     "watchdog": Watchdog,
     "agent": Agent,

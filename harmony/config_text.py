@@ -113,6 +113,27 @@ TEXT: dict[str, tuple[str, str]] = {
         "what a primary does when Harmony is stopped: handover, to a standby that can take it; fence: it stops",
         "fence: writes end until the others have elected a primary",
     ),
+    "rejoin.mode": (
+        "automatic: a standby that cannot follow the primary is rewound or copied anew; off: it says so and waits",
+        "automatic destroys what only that standby has; off: somebody has to do it by hand",
+    ),
+    "rejoin.after_s": (
+        "how long a standby must not have streamed from a writing primary (6 times that without other signs)",
+        "lower: back sooner, more rewinds that were not needed; higher: one standby fewer for longer",
+    ),
+    "rejoin.clone": (
+        "copy the whole primary where pg_rewind cannot help",
+        "false: such a standby waits for somebody; true: needs room for a second copy, and loads the primary",
+    ),
+    "rejoin.keep_old": (
+        "old data directories that are kept beside the new one, once that streams",
+        "0: what only the old primary had is gone for good; higher: more disk",
+    ),
+    "rejoin.keep_old_mb": (
+        "how much they may hold together; 0: no limit",
+        "smaller than the database: none is kept",
+    ),
+    "rejoin.keep_free_mb": ("room that a copy must leave on the disk", "lower: a copy may fill the disk"),
     "postgresql.data_dir": (
         "the data directory; initialised, and owned by postgresql.user",
         "of another cluster: refused by its system identifier",

@@ -95,6 +95,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     confirms: Count = 0  # the term in which this node, named as the successor, has said: ready
     distrust: str = ""  # why this node does not trust the store
     retiring: bool = False  # its agent was asked to stop
+    progress: str = ""  # of a rejoin
+    cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
 
 

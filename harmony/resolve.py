@@ -154,6 +154,12 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             "state_dir": c.node.state_dir,
             "run_dir": c.node.run_dir,
             "log_format": c.log.format,
+            "rejoin": {
+                "clone": c.rejoin.clone,
+                "keep_old": c.rejoin.keep_old,
+                "keep_old_mb": c.rejoin.keep_old_mb,
+                "keep_free_mb": c.rejoin.keep_free_mb,
+            },
         },
         "agent": msgspec.to_builtins(c),
     }

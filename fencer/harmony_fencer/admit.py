@@ -18,6 +18,7 @@ from harmony_fencer.protocol import (
     OrderOp,
     OrderRecord,
     Refusal,
+    Rejoin,
     Renew,
     Request,
     StatusRequest,
@@ -32,6 +33,7 @@ PERMITTED: dict[type, frozenset[Peer]] = {
     Activate: frozenset({"root", "agent"}),
     Fence: frozenset({"root", "agent"}),
     Follow: frozenset({"root", "agent"}),
+    Rejoin: frozenset({"root", "agent"}),
     Renew: frozenset({"root", "agent"}),
     OperatorFence: frozenset({"root"}),
     Unfence: frozenset({"root"}),
@@ -51,6 +53,7 @@ class Facts:
     newest: OrderRecord | None
     active: Generation | None
     lease_deadline_ns: int
+    unfinished: bool = False  # the data directory is being rewound, or was when that was interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def admit(f: Facts, request: Request, peer: Peer, now_ns: int) -> Verdict:
             return NewOrder("operator_fence", Generation(f.highest.term, f.highest.order + 1))
         case Renew():
             return _renew(f, request, now_ns)
-        case Activate() | Fence() | Follow():
+        case Activate() | Fence() | Follow() | Rejoin():
             return _order(f, request, now_ns)
 
 
@@ -121,9 +124,12 @@ def _renew(f: Facts, r: Renew, now_ns: int) -> Verdict:
     return Extend(max(r.deadline_boottime_ns, f.lease_deadline_ns))
 
 
-def _order(f: Facts, r: Activate | Fence | Follow, now_ns: int) -> Verdict:
-    op: OrderOp = "activate" if isinstance(r, Activate) else "fence" if isinstance(r, Fence) else "follow"
-    primary = r.primary if isinstance(r, Follow) else None
+OPS: dict[type, OrderOp] = {Activate: "activate", Fence: "fence", Follow: "follow", Rejoin: "rejoin"}
+
+
+def _order(f: Facts, r: Activate | Fence | Follow | Rejoin, now_ns: int) -> Verdict:
+    op = OPS[type(r)]
+    primary = r.primary if isinstance(r, Follow | Rejoin) else None
     g = r.generation
     if g == f.highest and f.newest is not None and f.newest.generation == g:
         if (f.newest.op, f.newest.primary) == (op, primary):
@@ -141,6 +147,14 @@ def _order(f: Facts, r: Activate | Fence | Follow, now_ns: int) -> Verdict:
     if isinstance(r, Activate) and not set(r.sync.voters) <= f.members - {f.node}:
         unknown = sorted(set(r.sync.voters) - (f.members - {f.node}))
         return Refusal("bad_message", f"cannot wait for {unknown}: not other configured members", f.highest)
-    if isinstance(r, Follow) and primary is not None and (primary == f.node or primary not in f.members):
+    if isinstance(r, Activate) and f.unfinished:
+        return Refusal("unfinished", "a rejoin was interrupted here; only another can end it", f.highest)
+    if isinstance(r, Rejoin) and f.active is not None:
+        return Refusal("active", "this node leads under a lease; fence it first", f.highest)
+    if (
+        isinstance(r, Follow | Rejoin)
+        and primary is not None
+        and (primary == f.node or primary not in f.members)
+    ):
         return Refusal("bad_message", f"cannot follow {primary}: not another configured member", f.highest)
     return NewOrder(op, g, primary)

@@ -25,6 +25,15 @@ class PostgresIds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: tuple[int, ...]
 
 
+class RejoinConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rejoin may do and leave behind."""
+
+    clone: bool = True  # copy anew where pg_rewind cannot help
+    keep_old: int = 1  # old data directories that are kept
+    keep_old_mb: int = 0  # and how much they may hold together; 0: no limit
+    keep_free_mb: int = 256  # room that a copy must leave
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
@@ -56,6 +65,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str
     run_dir: str
     log_format: Literal["auto", "json", "console"]
+    rejoin: RejoinConfig = RejoinConfig()
 
     @property
     def lease_ns(self) -> int:

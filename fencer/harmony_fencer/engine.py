@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harmony_fencer.clock import Clock
+from harmony_fencer.log import log
 from harmony_fencer.protocol import Rung, SyncRule
 from harmony_fencer.watchdog import Watchdog
 
@@ -24,10 +25,39 @@ class Outcome:
     shutdown_lsn: int | None = None  # of a clean one that is proven: where its checkpoint record begins
 
 
+class Rejoining(Protocol):
+    """How a directory that cannot follow is made one that can (rejoin.py)."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Only another rejoin can start PostgreSQL here. Never raises."""
+
+    @property
+    def progress(self) -> str:
+        """What is under way or unfinished, for people; "" nothing."""
+
+    @property
+    def cannot_rewind(self) -> str:
+        """Why pg_rewind could not help here, with what to do; "": it could, or it is not known."""
+
+    async def learn(self) -> None:
+        """Look at what cannot_rewind tells. Never raises."""
+
+    async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
+        """Before anything is stopped: "", or why only a copy helps. Raises PostgresError: neither does."""
+
+    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+        """Of what is stopped: make it a standby of `primary` and start it. Raises PostgresError, OSError."""
+
+
 class Engine(Protocol):
     """One data directory. Everything may be called at any time; only what says so raises."""
 
     where: str  # how its processes are held: its cgroup, or the process tree and why
+
+    @property
+    def rejoin(self) -> Rejoining:
+        """The way back of a directory that cannot follow."""
 
     def initialised(self) -> bool:
         """Whether there is a data directory at all."""
@@ -93,6 +123,15 @@ class Engine(Protocol):
 
     def timeline(self) -> int:
         """The newest timeline that has WAL here."""
+
+
+def look(engine: Engine) -> tuple[bool, bool]:
+    """(whether a process of PostgreSQL lives, whether a postmaster does); what cannot be told is assumed."""
+    try:
+        return bool(engine.pids()), engine.postmaster() is not None
+    except OSError as e:
+        log.error("cannot look for PostgreSQL; assuming the worst", why=str(e))
+        return True, False
 
 
 @dataclass(frozen=True)

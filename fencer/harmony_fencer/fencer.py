@@ -20,7 +20,7 @@ from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, 
 from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
-from harmony_fencer.engine import ASYNC_RULE, Engine, Outcome, Parts
+from harmony_fencer.engine import Engine, Outcome, Parts, look
 from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, explain
@@ -37,6 +37,7 @@ from harmony_fencer.protocol import (
     OrderRecord,
     OrderState,
     Refusal,
+    Rejoin,
     Renew,
     Renewed,
     Reply,
@@ -44,9 +45,9 @@ from harmony_fencer.protocol import (
     SelfFence,
     Status,
     StatusRequest,
-    SyncRule,
     Unfence,
 )
+from harmony_fencer.standby import Standby
 from harmony_fencer.timelines import TimelineTakenError
 from harmony_fencer.watchdog import Policy, WatchdogError
 
@@ -77,6 +78,7 @@ class Fencer:
         self._starts = 0
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
+        self._standby = Standby(config, self, self._engine, self._clock, self.watchdog, self._must_be_gone)
         # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
         # died, may still complete: standby.signal alone does not prove that nothing can write. Nor does a
         # newer order that was accepted after it and never carried out.
@@ -85,6 +87,7 @@ class Fencer:
         self._rearm = trio.Event()
         self._bell = Bell()
         self._clean_until_ns = 0
+        self._nursery: trio.Nursery | None = None
         self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
@@ -92,10 +95,11 @@ class Fencer:
     async def start(self, nursery: trio.Nursery) -> None:
         """Look at what is there: carry on under a valid lease, else fence what could write. Reads no slow disk."""
         self._effects.run_in(nursery)
+        self._nursery = nursery
         lease = self._ledger.lease(self._clock.now_ns())
-        pids, self._running = self._look()
+        pids, self._running = look(self._engine)
         order = self._order
-        if lease is not None and self._running and self._is_mine(lease) and not self._ledger.latched:
+        if lease is not None and self._running and self._ledger.is_mine(lease) and not self._ledger.latched:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
             await self._carry_on()
         elif self._ledger.untrusted:
@@ -115,24 +119,6 @@ class Fencer:
         except WatchdogError as e:
             await self.fence_by_itself(f"the watchdog is required and cannot be armed: {e}")
 
-    def _look(self) -> tuple[bool, bool]:
-        """(whether a process of PostgreSQL lives, whether a postmaster does); what cannot be told is assumed."""
-        try:
-            return bool(self._engine.pids()), self._engine.postmaster() is not None
-        except OSError as e:
-            log.error("cannot look for PostgreSQL; assuming the worst", why=str(e))
-            return True, False
-
-    def _is_mine(self, lease: leases.Lease) -> bool:
-        """Whether the lease is of the newest order, a finished activate whose outcome can be believed."""
-        order = self._order
-        return (
-            not self._ledger.untrusted
-            and order is not None
-            and (order.op, order.state) == ("activate", "done")
-            and lease.generation == order.generation == self._ledger.state.highest
-        )
-
     async def mark_standby(self) -> None:
         """What is down must start as a standby. One that began meanwhile may not have seen the mark."""
         try:
@@ -142,7 +128,7 @@ class Fencer:
                 log.error("standby.signal could not be written in time: is the disk hung?")
         except OSError as e:
             log.error("standby.signal could not be written", why=str(e))
-        if not self.busy and self._look()[0]:
+        if not self.busy and look(self._engine)[0]:
             await self.fence_by_itself("PostgreSQL was started while it was being marked as a standby")
 
     async def _learn(self) -> None:
@@ -152,16 +138,18 @@ class Fencer:
         except OSError as e:
             log.warning("the newest timeline here could not be read", why=str(e))
         self._system_identifier = await self._engine.system_identifier()
+        if self._engine.initialised():
+            await self._engine.rejoin.learn()
         self._bell.ring()
 
     async def shut_down(self) -> None:
         """End what could write, cleanly while the lease lasts; a standby is left running. Orders end here, too."""
         self._retiring = True
         async with self._accepting:
-            while self._active is not None or (self._look()[0] and self.could_write):
+            while self._active is not None or (look(self._engine)[0] and self.could_write):
                 await self.fence_by_itself("the fencer was asked to stop", clean=True)
                 await self._effects.end(cancel=False)
-            await self._effects.end(cancel=False)
+            await self._effects.end(cancel=not self.engaged)
         self.watchdog.disarm()
 
     def orphaned(self) -> None:
@@ -171,7 +159,7 @@ class Fencer:
     @property
     def idle(self) -> bool:
         """No lease and nothing under way: an orphan may end."""
-        return self._active is None and not self._effects.busy and not self._accepting.locked()
+        return self._active is None and not self.engaged and not self._accepting.locked()
 
     # ------------------------------------------------------------ what the guard looks at
 
@@ -193,6 +181,11 @@ class Fencer:
     def busy(self) -> bool:
         return self._effects.busy
 
+    @property
+    def engaged(self) -> bool:
+        """At work on what has to come to its end. A rejoin may take hours, and may be left at any moment."""
+        return self._effects.busy and not self._standby.rejoining
+
     def saw(self, *, running: bool, started: bool = False) -> None:
         """What the watch over the postmaster has seen."""
         if started or running != self._running:
@@ -212,7 +205,7 @@ class Fencer:
         """One request's reply. Nothing of a refused request has any effect."""
         if isinstance(request, Renew):
             return self._renew(request, peer)  # never waits: no disk but run_dir's, no lock
-        if not isinstance(request, Activate | Fence | Follow | OperatorFence | Unfence):
+        if not isinstance(request, Activate | Fence | Follow | Rejoin | OperatorFence | Unfence):
             verdict = admit(self._facts(), request, peer, self._clock.now_ns())
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
@@ -249,6 +242,7 @@ class Fencer:
             newest=self._order,
             active=self._active,
             lease_deadline_ns=self._deadline_ns,
+            unfinished=self._engine.rejoin.unfinished,
         )
 
     def _renew(self, request: Renew, peer: Peer) -> Reply:
@@ -298,7 +292,7 @@ class Fencer:
                 self._deadline_ns = leases.clamp(request.deadline_boottime_ns, now_ns, self._c.lease_ns)
                 self._save_lease()
                 self._begin(lambda: self._activate(record, request))
-            case Follow():
+            case Follow() | Rejoin():
                 self._drop_lease()
                 self._begin(lambda: self._follow(record, request, clean_until_ns))
             case _:
@@ -344,7 +338,7 @@ class Fencer:
 
     async def _finish(self, record: OrderRecord, began_ns: int) -> None:
         record = msgspec.structs.replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
-        following = record.primary if record.op == "follow" and record.state == "done" else None
+        following = record.primary if record.op in {"follow", "rejoin"} and record.state == "done" else None
         level = log.info if record.state == "done" else log.error
         told = {"op": record.op, "generation": str(record.generation), "state": record.state}
         level("order ended", **told, detail=record.detail, took_ms=round(record.took_ms))
@@ -361,13 +355,15 @@ class Fencer:
             self._ledger.state = ended(self._ledger.state)
         self._order = record  # told when it is durable: it is the same after a restart
         self._bell.ring()
+        if self._engine.rejoin.cannot_rewind and record.state == "done" and self._nursery is not None:
+            self._nursery.start_soon(self._learn)
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
         self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
         self._fence_proven, self._shutdown_lsn = outcome.proven, outcome.shutdown_lsn
         self._may_write = self._may_write and not outcome.proven
-        self._running = self._look()[1]
+        self._running = look(self._engine)[1]
         if outcome.proven:
             self.watchdog.disarm()
         return outcome
@@ -381,9 +377,6 @@ class Fencer:
         )
         if not outcome.proven:
             await self._until_proven(f"the fence {record.generation} was not proven", 0)
-
-    async def _configure(self, primary: str | None, sync: SyncRule) -> None:
-        await self._engine.configure(primary, sync, self._ledger.testimony())
 
     async def _must_be_gone(self, clean_until_ns: int = 0) -> None:
         """Before a start: what is half stopped, orphaned or writable is stopped whole. Raises PostgresError."""
@@ -399,7 +392,7 @@ class Fencer:
             if self._engine.halted or (self._engine.pids() and self._engine.postmaster() is None):
                 await self._must_be_gone()
             self._may_write = True
-            await self._configure(None, request.sync)
+            await self._engine.configure(None, request.sync, self._ledger.testimony())
             if self._engine.postmaster() is None:
                 await self._engine.start()
             else:
@@ -422,21 +415,15 @@ class Fencer:
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done", timeline=timeline), began)
 
-    async def _follow(self, record: OrderRecord, request: Follow, clean_until_ns: int) -> None:
+    async def _follow(self, record: OrderRecord, request: Follow | Rejoin, clean_until_ns: int) -> None:
         began = self._clock.now_ns()
         try:
-            running = self._engine.postmaster() is not None
-            if self._engine.halted or (self._engine.pids() and (self.could_write or not running)):
-                await self._must_be_gone(clean_until_ns)
-                running = False
-            self.watchdog.disarm()
-            await self._configure(request.primary, ASYNC_RULE)
-            await (self._engine.reload() if running else self._engine.start())
+            detail = await self._standby.carry_out(request, self._ledger, clean_until_ns)
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             return
         self._running = True
-        await self._finish(msgspec.structs.replace(record, state="done"), began)
+        await self._finish(msgspec.structs.replace(record, state="done", detail=detail), began)
 
     # ------------------------------------------------------------ fences of its own
 
@@ -506,5 +493,8 @@ class Fencer:
             held_by=self._engine.where,
             watchdog=str(self.watchdog),
             cannot_lead=self.watchdog.cannot_lead,
+            progress=self._engine.rejoin.progress[:300],
+            unfinished=self._engine.rejoin.unfinished,
+            cannot_rewind=self._engine.rejoin.cannot_rewind,
             change=self._bell.number,
         )

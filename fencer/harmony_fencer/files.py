@@ -72,6 +72,11 @@ class Change:
             disk.rename(temporary, path)
             disk.sync_folder(path.parent)
 
+    def act(self, work: Callable[[], None]) -> None:
+        """Another short change of names, under the same rule. Raises Superseded, OSError."""
+        with self._files.newest(self._number):
+            work()
+
 
 class Files:
     """Of one data directory; `ids`: (uid, gid) of its owner, None for our own."""
@@ -81,15 +86,18 @@ class Files:
         self._lock = threading.Lock()
         self._number = 0
 
-    async def change(self, work: Callable[[Change], T]) -> T:
-        """Run `work` in a thread; when cancelled, leave it behind. Raises what it raises, and OSError."""
+    async def change(self, work: Callable[[Change], T], *, own: bool = False) -> T:
+        """Run `work` in a thread; when cancelled, leave it behind. Raises what it raises, and OSError.
+
+        `own`: as ourselves, for a folder that is not the owner's.
+        """
         self._number += 1  # here, in the order of the calls: a thread may be scheduled late
         change = Change(self, self._number)
 
         def as_owner() -> T:
             with self._held():
                 pass  # an earlier rename under way ends first, or the disk hangs
-            with as_user(self._ids):
+            with as_user(None if own else self._ids):
                 return work(change)
 
         return await in_thread(as_owner)
@@ -104,10 +112,11 @@ class Files:
             self._lock.release()
 
     @contextlib.contextmanager
-    def newest(self, number: int, temporary: Path) -> Iterator[None]:
+    def newest(self, number: int, temporary: Path | None = None) -> Iterator[None]:
         """Held while the change `number` is the newest. Raises Superseded."""
         with self._held():
             if number != self._number:
-                temporary.unlink(missing_ok=True)
+                if temporary is not None:
+                    temporary.unlink(missing_ok=True)
                 raise Superseded("a newer order has changed these files since")
             yield

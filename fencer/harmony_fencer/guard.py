@@ -62,7 +62,7 @@ async def _watch_one(fencer: Fencer) -> None:
     while not await engine.ended(
         pid, SURE_S if fencer.deadline_ns is not None or engine.notices else STRAY_S
     ):
-        if fencer.deadline_ns is None and not fencer.busy and engine.could_write():
+        if fencer.deadline_ns is None and not fencer.engaged and engine.could_write():
             # Promoted or started by somebody else: it writes, and no lease covers it.
             await fencer.fence_by_itself("PostgreSQL is writable without a lease")
     fencer.saw(running=False)

@@ -138,6 +138,16 @@ class Ledger:
         path = self._run / leases.NAME
         return leases.load(path, boot_id=self._boot_id, now_ns=now_ns, lease_ns=self._lease_ns)
 
+    def is_mine(self, lease: leases.Lease) -> bool:
+        """Whether the lease is of the newest order, a finished activate whose outcome can be believed."""
+        order = self.state.order
+        return (
+            not self.untrusted
+            and order is not None
+            and (order.op, order.state) == ("activate", "done")
+            and lease.generation == order.generation == self.state.highest
+        )
+
     def save_lease(self, active: Generation, deadline_ns: int) -> None:
         """Never raises: without it a restarted fencer would fence early, which is safe."""
         try:

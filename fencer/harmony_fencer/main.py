@@ -134,7 +134,7 @@ async def _as_orphan(config: FencerConfig, fencer: Fencer) -> None:
     log.error("the supervisor is gone: guarding the lease to its end, taking no more orders")
     fencer.orphaned()
     while not fencer.idle:
-        if not fencer.busy and _successor_waits(config):
+        if not fencer.engaged and _successor_waits(config):
             log.warning("a new fencer is here: it carries on under the lease; ending")
             return
         await trio.sleep(LOCK_POLL_S)

@@ -14,12 +14,13 @@ import trio
 from harmony_fencer import durable, processes, settings, timelines
 from harmony_fencer.changes import PAUSE_S, Changes
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.engine import Outcome
+from harmony_fencer.engine import ASYNC_RULE, Outcome
 from harmony_fencer.files import Change, Files
 from harmony_fencer.ladder import MARK_SHARE, Ladder
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError, Programs
 from harmony_fencer.protocol import SyncRule
+from harmony_fencer.rejoin import UNPROVEN, Rejoin
 from harmony_fencer.state import WITNESS
 from harmony_fencer.tree import Tree
 
@@ -49,9 +50,9 @@ class Postgres:
         """`lasting`: it may start PostgreSQL, in a cgroup made for it; a one-shot only uses the one that is."""
         self._c = config
         self.data = Path(config.data_dir)
-        self._programs = Programs(config)
+        self.programs = Programs(config)
         ids = config.postgres_ids
-        self._files = Files((ids.uid, ids.gid) if ids is not None else None)
+        self.files = Files((ids.uid, ids.gid) if ids is not None else None)
         self.tree = Tree(
             config.data_dir,
             unit=config.unit if config.run == "systemd" else "",
@@ -61,6 +62,7 @@ class Postgres:
         )
         self.where = self.tree.where
         self._system_identifier: str | None = None
+        self.rejoin = Rejoin(config, self)
         self._lock_file = self.data / "postmaster.pid"
         self._signal_file = self.data / "standby.signal"
         self._watched: _Watched | None = None
@@ -158,20 +160,22 @@ class Postgres:
             if watched.changes is not None:
                 watched.changes.close()
 
-    async def _control(self, field: str) -> str:
-        out = await self._programs.run("pg_controldata", "-D", self._c.data_dir, timeout_s=CONTROL_S)
+    async def control(self, field: str, data: Path | None = None) -> str:
+        """One field of pg_controldata, "" where it has none such. Raises PostgresError."""
+        where = str(data or self.data)
+        out = await self.programs.run("pg_controldata", "-D", where, timeout_s=CONTROL_S)
         found = re.search(rf"{field}:\s*(.+)", out)
         return found.group(1).strip() if found else ""
 
     async def system_identifier(self) -> str | None:
         if self._system_identifier is None and self.initialised():
             with contextlib.suppress(PostgresError):
-                self._system_identifier = await self._control("system identifier") or None
+                self._system_identifier = await self.control("system identifier") or None
         return self._system_identifier
 
     async def in_production(self) -> bool:
         try:
-            return await self._control("cluster state") == "in production"
+            return await self.control("cluster state") == "in production"
         except PostgresError as e:
             log.warning("pg_controldata failed; assuming the worst", why=str(e))
             return True
@@ -191,14 +195,28 @@ class Postgres:
             if self.initialised() and not self.is_standby():
                 change.write(self.data / "standby.signal", b"")
 
-        await self._files.change(mark)
+        await self.files.change(mark)
 
-    def _configure(self, change: Change, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
+    def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None:
+        """What configure() does, of a standby that stands at `where` for now."""
+        # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
+        timeline = "latest" if primary is not None else "current"
+        self._configure(change, primary, ASYNC_RULE, testimony, where, timeline)
+
+    def _configure(
+        self,
+        change: Change,
+        primary: str | None,
+        sync: SyncRule,
+        testimony: bytes,
+        where: Path,
+        timeline: str = "latest",
+    ) -> None:
         if not Path(self._c.config_file).exists():
             raise PostgresError(
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
             )
-        auto = self.data / "postgresql.auto.conf"
+        auto = where / "postgresql.auto.conf"
         clash = settings.clash(auto.read_text(errors="surrogateescape")) if auto.exists() else None
         if clash is not None:
             raise PostgresError(
@@ -212,11 +230,17 @@ class Postgres:
                 raise PostgresError(str(e)) from e
             if wanted is not None:
                 change.write(wanted[0], wanted[1].encode(), mode=0o644)
-        change.write(self.data / WITNESS, testimony)
-        change.write(self.data / settings.CONF, settings.render(self._c, primary, sync).encode())
+        change.write(where / WITNESS, testimony)
+        change.write(where / settings.CONF, settings.render(self._c, primary, sync, timeline).encode())
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
-        await self._files.change(lambda change: self._configure(change, primary, sync, testimony))
+        if self.unfinished:
+            raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
+        await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))
+
+    @property
+    def unfinished(self) -> bool:
+        return self.rejoin.unfinished
 
     # ------------------------------------------------------------ acting
 
@@ -228,27 +252,28 @@ class Postgres:
                 raise PostgresError(
                     f"somebody else started it, and it could not be stopped: {outcome.detail}"
                 )
-        stale = await self._files.change(
+        stale = await self.files.change(
             lambda _: self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
         )
         if stale:
             log.warning("removed lock files that a dead postmaster left", files=stale)
-        freed = await self._files.change(lambda _: timelines.give_back(self.data / "pg_wal"))
+        freed = await self.files.change(lambda _: timelines.give_back(self.data / "pg_wal"))
         if freed:
             log.warning("gave timelines back that a promotion never began", files=freed)
-        await self._programs.start(self.data / settings.CONF, self.tree.ready_to_start())
+        await self.programs.start(self.data / settings.CONF, self.tree.ready_to_start())
 
     async def reload(self) -> None:
-        await self._programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)
+        await self.programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)
 
     async def promote(self, reserved: int) -> int:
         if reserved:
             wal = self.data / "pg_wal"
-            await self._files.change(lambda change: timelines.take_up_to(change, wal, reserved))
+            await self.files.change(lambda change: timelines.take_up_to(change, wal, reserved))
         seconds = max(1, round(self._c.start_timeout_s))
         arguments = ("promote", "-D", self._c.data_dir, "-w", "-t", str(seconds))
-        await self._programs.run("pg_ctl", *arguments, timeout_s=seconds + 5)
-        state = await self._control("cluster state")
+        (self.data / UNPROVEN).unlink(missing_ok=True)  # from now on it holds what no other has
+        await self.programs.run("pg_ctl", *arguments, timeout_s=seconds + 5)
+        state = await self.control("cluster state")
         if state != "in production" or self.is_standby():
             raise PostgresError(f"after promotion the control file says {state!r}")
         timeline = self.timeline()
@@ -274,7 +299,7 @@ class Postgres:
             outcome = dataclasses.replace(outcome, shutdown_lsn=await self._shutdown_lsn())
         if self._c.run == "systemd":
             # Whatever became of it: the unit must not be started again by systemd.
-            await self._programs.systemctl("stop --no-block", timeout_s=1.0, check=False)
+            await self.programs.systemctl("stop --no-block", timeout_s=1.0, check=False)
         return outcome
 
 

@@ -6,8 +6,11 @@ inherits neither our scheduling nor our protection from the OOM killer.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -23,10 +26,15 @@ from harmony_fencer.watchdog import WatchdogError
 LOG = "harmony-postgres.log"
 SYSTEMCTL_S = 5.0
 KILLED_S = 0.2
+WATCH_S = 0.5
+SAID = 4000
+_REASON = re.compile(r"(FATAL|PANIC): .*")
 
 
 class PostgresError(Exception):
-    """PostgreSQL did not do what it was told; the text is for the operator."""
+    """PostgreSQL did not do what it was told; the text is for the operator, `said` the program's own."""
+
+    said = ""
 
 
 def explain(e: Exception) -> str:
@@ -36,12 +44,23 @@ def explain(e: Exception) -> str:
 
 
 def log_tail(data: Path) -> str:
-    """The end of PostgreSQL's own log, one line, 300 characters."""
+    """What PostgreSQL's own log says of its newest start, one line, 300 characters: its last reason, else its end."""
     try:
-        raw = read_small(data / LOG, 2000, tail=True)
+        raw = read_small(data / LOG, 16_000, tail=True)
     except OSError:
         return ""
-    return " | ".join(raw.decode("utf-8", "replace").split("\n"))[-300:].strip(" |")
+    lines = raw.decode("utf-8", "replace").rpartition("LOG:  starting PostgreSQL")[2].split("\n")
+    for number, line in reversed(list(enumerate(lines))):
+        found = _REASON.search(line)
+        if found and "the database system is" not in line:
+            return " | ".join([found.group(), *lines[number + 1 : number + 3]])[:300].strip(" |")
+    return " | ".join(lines)[-300:].strip(" |")
+
+
+def _tail(fd: int) -> str:
+    """The end of what a program has said; its own position in the file is left alone."""
+    size = os.fstat(fd).st_size
+    return os.pread(fd, SAID, max(0, size - SAID)).decode("utf-8", "replace")
 
 
 class Programs:
@@ -71,7 +90,16 @@ class Programs:
         groups = ",".join(str(g) for g in ids.groups)
         return ["setpriv", f"--reuid={ids.uid}", f"--regid={ids.gid}", f"--groups={groups}", "--"]
 
-    async def _run(self, argv: list[str], *, shown: str, timeout_s: float) -> str:
+    async def _run(
+        self,
+        argv: list[str],
+        *,
+        shown: str,
+        timeout_s: float,
+        watch: Callable[[str], None] | None = None,
+        fds: tuple[int, ...] = (),
+    ) -> str:
+        """`watch` is given the end of the output now and then, and may raise; `fds` are inherited."""
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
         try:
             # In memory: no folder for temporary files must be there, or have room.
@@ -88,23 +116,30 @@ class Programs:
                     env=self._environment(),
                     cwd="/",
                     start_new_session=True,
+                    pass_fds=fds,
                 )
             except (OSError, RuntimeError) as e:  # RuntimeError: no thread can be started
                 raise PostgresError(f"{shown} could not be run: {e}") from e
             try:
                 with trio.fail_after(timeout_s):
-                    await process.wait()
+                    while process.returncode is None:
+                        with trio.move_on_after(WATCH_S if watch is not None else math.inf):
+                            await process.wait()
+                        if watch is not None:
+                            watch(_tail(sink.fileno()))
             except trio.TooSlowError as e:
                 raise PostgresError(f"{shown} did not end within {timeout_s:g} s") from e
             finally:
                 await self._end(process, shown)
-            sink.seek(0)
-            text = sink.read()[-4000:].decode("utf-8", "replace")
+            text = _tail(sink.fileno())
         if process.returncode != 0:
             said, tail = " ".join(text.split())[-400:], log_tail(Path(self._c.data_dir))
-            raise PostgresError(
-                f"{shown} exited {process.returncode}: {said}" + (f"; log: {tail}" if tail else "")
+            error = PostgresError(
+                f"{shown} exited {process.returncode}: {said}"
+                + (f"; log: {tail}" if tail and not fds else "")
             )
+            error.said = said
+            raise error
         return text
 
     async def _end(self, process: trio.Process, shown: str) -> None:
@@ -121,11 +156,22 @@ class Programs:
             return
         log.error("cannot be killed, is the disk hung? Going on without it", program=shown, pid=process.pid)
 
-    async def run(self, program: str, *arguments: str, timeout_s: float) -> str:
-        """stdout and stderr of one of PostgreSQL's programs. Raises PostgresError."""
+    async def run(
+        self,
+        program: str,
+        *arguments: str,
+        timeout_s: float,
+        watch: Callable[[str], None] | None = None,
+        fds: tuple[int, ...] = (),
+    ) -> str:
+        """The end of stdout and stderr of one of PostgreSQL's programs. Raises PostgresError."""
         argv = [*self._as_postgres(), str(Path(self._c.bin_dir) / program), *arguments]
         shown = f"{program} {' '.join(arguments[:1])}".strip()
-        return await self._run(argv, shown=shown, timeout_s=timeout_s)
+        return await self._run(argv, shown=shown, timeout_s=timeout_s, watch=watch, fds=fds)
+
+    async def tool(self, program: str, *arguments: str, timeout_s: float) -> None:
+        """One of the host's programs, as PostgreSQL's user. Raises PostgresError."""
+        await self._run([*self._as_postgres(), program, *arguments], shown=program, timeout_s=timeout_s)
 
     async def start(self, config_file: Path, cgroup: Cgroup | None) -> None:
         """Start and wait until it answers. Raises PostgresError."""

@@ -94,6 +94,16 @@ class Follow(_Request, frozen=True, tag="follow", kw_only=True):
     primary: NodeName | None
 
 
+class Rejoin(_Request, frozen=True, tag="rejoin", kw_only=True):
+    """Make PostgreSQL a standby of `primary` that its data directory cannot follow as it is: rewind it, else (or,
+    with `clone`, at once) copy it anew, the old directory kept. It destroys what only this node has."""
+
+    generation: Generation
+    primary: NodeName
+    system_identifier: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,20}\Z")]
+    clone: bool = False
+
+
 class Renew(_Request, frozen=True, tag="renew", kw_only=True):
     """Move the deadline of the active generation; never acts on PostgreSQL."""
 
@@ -115,8 +125,8 @@ class Unfence(_Request, frozen=True, tag="unfence", kw_only=True):
     who: Text
 
 
-Request = Hello | StatusRequest | Activate | Fence | Follow | Renew | OperatorFence | Unfence
-OrderOp = Literal["activate", "fence", "follow", "operator_fence"]
+Request = Hello | StatusRequest | Activate | Fence | Follow | Rejoin | Renew | OperatorFence | Unfence
+OrderOp = Literal["activate", "fence", "follow", "rejoin", "operator_fence"]
 OrderState = Literal["running", "done", "failed", "preempted"]
 PostgresState = Literal["down", "running"]
 
@@ -135,7 +145,7 @@ class OrderRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     generation: Generation
     op: OrderOp
-    primary: str | None  # of a follow
+    primary: str | None  # of a follow or rejoin
     state: OrderState
     detail: str = ""
     timeline: int | None = None  # of a done activate
@@ -191,6 +201,11 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
+    progress: str  # of a rejoin, under way or interrupted
+    unfinished: bool  # a rejoin was interrupted: only another one can start PostgreSQL here
+    cannot_rewind: (
+        str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it
+    )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
 
 
@@ -206,6 +221,8 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         "stale_generation",
         "conflicting_order",
         "not_active",
+        "active",
+        "unfinished",
         "lease_expired",
         "latched",
         "not_latched",
@@ -239,7 +256,18 @@ Reply = Status | Refusal | Accepted | Renewed | Done
 
 S = TypeVar("S", bound=msgspec.Struct)
 # Texts for people: what is too long for a frame is cut in these, and only in these.
-PROSE = {"client", "reason", "who", "detail", "trust_detail", "held_by", "watchdog", "cannot_lead"}
+PROSE = {
+    "client",
+    "reason",
+    "who",
+    "detail",
+    "trust_detail",
+    "held_by",
+    "watchdog",
+    "cannot_lead",
+    "cannot_rewind",
+    "progress",
+}
 KEPT_RUNGS = 4  # the first and the last so many, where not all fit
 
 
@@ -335,7 +363,7 @@ def decode_request(body: bytes) -> Request:
 
 def _refuse_nonsense(request: Request) -> None:
     """What no single field shows. A rule that cannot be met would silently become another one."""
-    if isinstance(request, Activate | Fence | Follow | Renew):
+    if isinstance(request, Activate | Fence | Follow | Rejoin | Renew):
         g = request.generation
         if max(g.term, g.order) > MAX_ASKED:
             raise _bad(f"Expected `int` <= {MAX_ASKED} - at `$.generation`")

@@ -35,6 +35,24 @@ def _conninfo(fields: dict[str, str]) -> str:
     )
 
 
+def conninfo(c: FencerConfig, primary: str) -> str:
+    """How this node reaches a member's PostgreSQL."""
+    address = c.members[primary]
+    fields = {
+        "host": address.host,
+        "port": str(address.port),
+        "user": c.replication_user,
+        "application_name": c.node,
+        "connect_timeout": "2",
+        "keepalives_idle": "2",
+        "keepalives_interval": "1",
+        "keepalives_count": "3",
+    }
+    if c.replication_passfile:
+        fields["passfile"] = c.replication_passfile
+    return _conninfo(fields)
+
+
 def _same_always(c: FencerConfig) -> dict[str, str]:
     return {
         "port": str(c.port),
@@ -46,28 +64,14 @@ def _same_always(c: FencerConfig) -> dict[str, str]:
     }
 
 
-def render(c: FencerConfig, primary: str | None, sync: SyncRule) -> str:
+def render(c: FencerConfig, primary: str | None, sync: SyncRule, timeline: str = "latest") -> str:
     """The whole file."""
-    conninfo = ""
-    if primary is not None:
-        address = c.members[primary]
-        fields = {
-            "host": address.host,
-            "port": str(address.port),
-            "user": c.replication_user,
-            "application_name": c.node,
-            "connect_timeout": "2",
-            "keepalives_idle": "2",
-            "keepalives_interval": "1",
-            "keepalives_count": "3",
-        }
-        if c.replication_passfile:
-            fields["passfile"] = c.replication_passfile
-        conninfo = _conninfo(fields)
     names = ""
     if sync.count > 0 and sync.voters:
         names = f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
-    settings = {**_same_always(c), "primary_conninfo": conninfo, "synchronous_standby_names": names}
+    source = conninfo(c, primary) if primary is not None else ""
+    settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names}
+    settings["recovery_target_timeline"] = timeline
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]

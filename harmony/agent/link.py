@@ -99,6 +99,13 @@ class FencerLink:
             )
         elif o.op == "follow":
             request = protocol.Follow(generation=generation, primary=o.primary)
+        elif o.op == "rejoin":
+            request = protocol.Rejoin(
+                generation=generation,
+                primary=o.primary or "",
+                system_identifier=o.system_identifier,
+                clone=o.clone,
+            )
         else:
             request = protocol.Fence(generation=generation, reason=o.reason, clean=o.clean)
         reply = await client.request(request, timeout_s=ANSWER_S)
@@ -140,4 +147,7 @@ def _view(s: protocol.Status) -> FencerView:
         system_identifier=s.system_identifier,
         latched=f"{s.latch.reason} (by {s.latch.who}, {s.latch.at_utc})" if s.latch is not None else None,
         shutdown_lsn=s.shutdown_lsn,
+        unfinished=s.unfinished,
+        progress=s.progress,
+        cannot_rewind=s.cannot_rewind,
     )

@@ -129,6 +129,8 @@ def identity(config: Config) -> Identity:
             maximum_changes=f.maximum_changes,
             changes_window_s=f.changes_window_s,
             flap_window_s=f.flap_window_s,
+            rejoin=config.rejoin.mode,
+            rejoin_after_s=config.rejoin.after_s,
         ),
     )
 

@@ -14,6 +14,7 @@ import msgspec
 from harmony.admin import NodeView, StatusReply
 from harmony.cli.status import ask
 from harmony.cli.where import find_run_dir, who
+from harmony.core.observe import unfit_by
 from harmony.core.states import WRITABLE_STATES
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
@@ -42,17 +43,7 @@ def _wait_s(folder: Path) -> float:
 
 def able(s: StatusReply, n: NodeView) -> bool:
     """Whether this other node could take over, as far as the asked agent knows. Pure."""
-    m = n.member
-    return (
-        n.name != s.myself.node
-        and n.alive
-        and m is not None
-        and m.db == "standby"
-        and m.fencer_ok
-        and not m.latched
-        and not m.nofailover
-        and (s.cluster is None or not s.cluster.sync_count or n.name in s.cluster.sync_voters)
-    )
+    return n.name != s.myself.node and not unfit_by(s.cluster, n.member if n.alive else None, n.name)
 
 
 def outlook(s: StatusReply) -> tuple[bool, str]:

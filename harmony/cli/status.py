@@ -113,6 +113,8 @@ def _row(s: StatusReply, n: NodeView) -> list[str]:
         *(["nofailover"] if m.nofailover else []),
         *([] if n.alive else [f"silent for {n.age_s or 0:.0f} s"]),
         *([] if m.fencer_ok else ["fencer silent"]),
+        *([m.progress] if m.progress else []),
+        *([m.cannot_rewind] if m.cannot_rewind else []),
         *(["not streaming"] if m.db == "standby" and not m.streaming else []),
     ]
     return [

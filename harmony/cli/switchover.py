@@ -105,7 +105,7 @@ def bound_s(t: Timing) -> float:
     return 3 * t.failover_timeout_s + 2 * t.lease_s
 
 
-async def _follow(store: Store, t: Timing, term: int, to: str, request: str) -> str:
+async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> str:
     until, told = time.monotonic() + bound_s(t), ""
     while time.monotonic() < until:
         try:
@@ -114,7 +114,10 @@ async def _follow(store: Store, t: Timing, term: int, to: str, request: str) -> 
             click.echo(f"  store: {e}", err=True)
             entry = None
         if entry is not None:
-            c = decode_cluster(entry.value)
+            try:
+                c = decode_cluster(entry.value)
+            except msgspec.DecodeError as e:
+                raise Impossible(f"cluster_state cannot be read any more ({e}): see harmonyctl status") from e
             ended = outcome(c, term, to, request)
             if ended is not None and ended[0]:
                 return ended[1]
@@ -160,7 +163,7 @@ async def _switch(config: Config, to: str | None, dry_run: bool) -> int:
             return msgspec.structs.replace(control, switchover=Switchover(request, chosen, c.term, who()))
 
         await change(store, edit)
-        ended = await _follow(store, config.timing, c.term, chosen, request)
+        ended = await follow(store, config.timing, c.term, chosen, request)
         click.echo(f"done after {time.monotonic() - began:.1f} s: {ended}")
     return 0
 

@@ -36,6 +36,8 @@ from harmony.core.timing import Timing
 from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
 from harmony.records import CLUSTER_STATE
 
+LASTING = 10  # answers in a row that say `streaming`: it has come back for good
+
 
 def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
     """The view after one event."""
@@ -76,11 +78,13 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
         case DbSeen():
             if v.order is not None and e.asked_ns < v.order.sent_ns:
                 return v  # asked before our newest order: says nothing of what that did
-            return replace(v, db=e, db_ns=now_ns)
+            if v.order is not None and e.db == "standby" and e.asked_ns < v.order.done_ns:
+                return v  # asked before the end of a promotion
+            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
-            return _fencer_seen(v, f)
+            return _rejoin_seen(_fencer_seen(v, f, now_ns), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case CheckpointDone():
@@ -92,8 +96,36 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return v
 
 
-def _fencer_seen(v: View, f: FencerView) -> View:
+def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
+    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, too."""
+    if e.db == "primary":
+        return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False, rejoin_why="")
+    streams = v.streams + 1 if e.streaming else 0
+    if streams >= LASTING:
+        v = replace(v, rejoins=0, rejoined=False, rejoin_why="")
+    if streams > 1:
+        return replace(v, streams=streams, unstreamed_ns=0)
+    return replace(v, streams=streams, unstreamed_ns=v.unstreamed_ns or now_ns)
+
+
+def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
+    """The pause before the next rejoin counts from the end of this one; also of one that an agent before us ordered."""
+    if f.order_op != "rejoin" or (v.order is not None and f.order != v.order.generation):
+        return v
+    if f.order_state == "running":
+        return replace(v, rejoin_ns=now_ns)
+    why = f.order_detail or f.order_state
+    if v.order is None:  # known from the past: once is enough for a pause
+        v = replace(v, rejoins=max(v.rejoins, 1), rejoin_ns=v.rejoin_ns or now_ns)
+    return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
+
+
+def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
+    o = v.order
+    if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
+        before = v.db is not None and v.db.db == "standby"
+        v = replace(v, order=replace(o, done_ns=now_ns), db=None if before else v.db)
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven

@@ -13,7 +13,7 @@ import msgspec
 from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
-OrderOp = Literal["activate", "fence", "follow"]
+OrderOp = Literal["activate", "fence", "follow", "rejoin"]
 Gen = tuple[int, int]  # (term, order), as the fencer compares them
 
 
@@ -37,6 +37,9 @@ class FencerView:
     is_standby: bool
     system_identifier: str | None
     latched: str | None
+    unfinished: bool = False  # a rejoin was interrupted: only another can start PostgreSQL
+    progress: str = ""  # of a rejoin
+    cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     timeline: int = 0  # the newest with WAL here that it knows of
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
@@ -254,6 +257,8 @@ class Order(msgspec.Struct, frozen=True):
     sync_voters: tuple[str, ...] = ()
     timeline: int = 0  # of an activate: what the promotion must begin, reserved for it
     clean: bool = False  # of a fence: shut down cleanly while the lease lasts
+    system_identifier: str = ""  # of a rejoin: the cluster's
+    clone: bool = False  # of a rejoin: copy anew at once
 
 
 @dataclass(frozen=True, slots=True)

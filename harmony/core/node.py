@@ -167,11 +167,16 @@ def _act(
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
             v = replace(v, reserving=next_timeline(v) if action == "claim" else 0, reserved=0)
             return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
-        case "fence" | "demote" | "activate" | "follow":
-            op = "fence" if action == "demote" else action
-            primary, clean = target(v, me) if action == "follow" else None, action == "demote"
+        case "fence" | "demote" | "activate" | "follow" | "rejoin":
+            op, clean = "fence" if action == "demote" else action, action == "demote"
+            primary = target(v, me) if action in {"follow", "rejoin"} else None
             sent = SentOrder(_generation(v, op, primary, clean=clean), op, now_ns, "", primary, clean)
             order = Order(op, sent.generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean)
+            if action == "follow":
+                v = replace(v, follows=v.follows + 1)
+            if action == "rejoin" and v.cluster is not None:
+                order = replace(order, system_identifier=v.cluster.system_identifier, clone=v.rejoined)
+                v = replace(v, rejoins=v.rejoins + 1, rejoined=False, rejoin_ns=now_ns)
             if action == "activate" and v.cluster is not None:
                 order = replace(
                     order,
@@ -182,6 +187,7 @@ def _act(
                 )
                 v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
+            v = replace(v, streams=0, unstreamed_ns=0)
             return replace(v, order=sent, db=None)
 
 
@@ -369,5 +375,7 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         confirms=confirms(v, me, t, now_ns),
         distrust=distrust(v),
         retiring=v.retiring,
+        progress=f.progress if f is not None else "",
+        cannot_rewind=f.cannot_rewind if f is not None else "",
         barred=barred(v, me, t, now_ns) != "",
     )

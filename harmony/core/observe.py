@@ -5,11 +5,21 @@ The two-clock rule, the fate of an order, who may take over and whether leadersh
 
 from __future__ import annotations
 
-from harmony.core import candidate
+from harmony.core import candidate, rejoin
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.table import Observation, Order
 from harmony.core.timing import Timing
-from harmony.core.view import Identity, View, alive, database, distrust, highest, leads, target
+from harmony.core.view import (
+    Identity,
+    View,
+    alive,
+    database,
+    distrust,
+    highest,
+    leads,
+    rejoining,
+    target,
+)
 from harmony.records import ClusterState, Member, Switchover
 
 FENCE_PAUSE_NS = 200_000_000
@@ -38,6 +48,8 @@ def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
             return "failed", "its lease ran out"
         if f.order_state == "done" and o.op == "activate" and not f.postgres_up:
             return "failed", "PostgreSQL died right after it"
+        if f.order_state == "done" and o.op == "activate" and v.db is not None and v.db.db == "standby":
+            return "failed", "PostgreSQL was restarted right after it, by somebody else, as a standby"
         return ("done" if f.order_state == "done" else "running"), ""
     if f is not None and f.highest > o.generation:
         return "failed", "superseded by a newer order"
@@ -323,6 +335,12 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         named_long=v.successor is not None
         and (v.checkpoint == "done" or v.retiring)
         and now_ns - v.named_ns > t.failover_ns,
+        unable=rejoin.unable(v, me, now_ns),
+        rejoin_due=rejoin.due(v, me, t, now_ns),
+        rejoining=rejoining(v),
+        astray=rejoin.astray(v, me, is_stale=is_stale),
+        rejoin_why=rejoin.why(v, now_ns),
+        may_follow=rejoin.may_follow(v, now_ns),
     )
 
 

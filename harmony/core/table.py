@@ -17,6 +17,7 @@ Action = Literal[
     "demote",  # a fence that shuts down cleanly, while the lease lasts
     "activate",
     "follow",
+    "rejoin",
     "claim",
     "create",
     "vacate",
@@ -74,6 +75,12 @@ class Observation:
     confirmed: bool = False  # it has read that it is named, has caught up, and says that it is ready
     successor_why: str = ""  # what it lacks
     named_long: bool = False  # it has had its time
+    unable: str = ""  # why PostgreSQL cannot follow the primary as its data directory is
+    rejoin_due: bool = False  # a rejoin may be ordered: the primary is seen writing, and the pause is over
+    rejoining: bool = False  # one is at work
+    astray: bool = False  # and it is from a primary that leads no more
+    rejoin_why: str = ""  # why the last one came to nothing
+    may_follow: bool = True  # the pause after a follow that came to nothing is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,13 @@ def _row(
 
 
 def _no_order(o: Observation) -> bool:
-    return o.order in {"none", "failed"} and o.may_order
+    return o.order in {"none", "failed"} and o.may_order and o.may_follow
+
+
+def _waits(o: Observation) -> bool:
+    """A follow came to nothing, and the next has to wait."""
+    waits = o.order == "failed" and o.order_op == "follow" and not (o.may_order and o.may_follow)
+    return not o.following_right and waits
 
 
 def _unproven(o: Observation) -> bool:
@@ -138,6 +151,24 @@ def _must_vacate(o: Observation) -> bool:
 
 def _order_why(o: Observation) -> str:
     return f"({o.order_why})" if o.order_why else ""
+
+
+def _rejoins(o: Observation) -> bool:
+    settled = o.order != "running" and o.may_order and not o.rejoining
+    return o.leads == "other" and not o.stale and o.unable != "" and o.rejoin_due and settled
+
+
+def _cannot_follow(o: Observation) -> bool:
+    under_way = o.rejoining or (o.order == "running" and o.order_op == "rejoin")
+    known = o.leads in {"other", "vacant"} and not o.stale and not o.distrust
+    return known and (o.unable != "" or under_way)
+
+
+def _unable_why(o: Observation) -> str:
+    if o.rejoining:
+        return "a rejoin is under way"
+    last = f"; the last rejoin: {o.rejoin_why}" if o.rejoin_why and o.rejoin_why not in o.unable else ""
+    return (o.unable or "a rejoin is ordered") + last
 
 
 def _may_resume(o: Observation) -> bool:
@@ -289,10 +320,14 @@ TABLE: tuple[Row, ...] = (
     _row(496, S.YIELDING, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"}, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(500, S.YIELDING, "recorded primary is me, fence proven", lambda o: o.leads == "me" and o.fence_proven, S.FENCED, "nobody takes over: leadership is still recorded as ours"),
     _row(502, S.YIELDING, "recorded primary is me", lambda o: o.leads == "me", S.P_FAILED, "leadership is recorded as ours again; proving the fence first", "fence"),
+    _row(503, S.YIELDING, "rejoin from who leads no more", lambda o: o.leads in {"other", "vacant"} and o.astray and not o.latched and o.trusted, S.YIELDING, "the rejoin that is under way is from a primary that leads no more: ending it", "follow"),
     _row(504, S.YIELDING, "latched", lambda o: o.latched or not o.trusted, S.YIELDING, "latched by an operator, or the fencer's state is untrusted: staying fenced"),
+    _row(505, S.YIELDING, "cannot follow as it is, rejoin due", _rejoins, S.YIELDING, "rewinding or copying anew:", "rejoin", detail=_unable_why),
     _row(506, S.YIELDING, "standby of the right node", lambda o: o.leads in {"other", "vacant"} and o.following_right and o.db == "standby", S.WATCHING, "runs as a standby again: watching"),
-    _row(508, S.YIELDING, "not following yet", lambda o: o.leads in {"other", "vacant"} and not o.following_right and _no_order(o), S.YIELDING, "rejoining as a standby", "follow"),
-    _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order, S.YIELDING, "not running as a standby: ordering it again", "follow"),
+    _row(507, S.YIELDING, "cannot follow as it is", _cannot_follow, S.YIELDING, "PostgreSQL cannot follow as it is:", detail=_unable_why),
+    _row(508, S.YIELDING, "not following yet", lambda o: o.leads in {"other", "vacant"} and not o.following_right and _no_order(o), S.YIELDING, "rejoining as a standby", "follow", detail=_order_why),
+    _row(509, S.YIELDING, "follow failed, pause", lambda o: o.leads in {"other", "vacant"} and _waits(o), S.YIELDING, "PostgreSQL could not be made a standby, which is tried again:", detail=_order_why),
+    _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order and o.may_follow, S.YIELDING, "not running as a standby: ordering it again", "follow"),
     # -------------------------------------------------------------- replica workflow
     _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
     _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store"),
@@ -306,14 +341,19 @@ TABLE: tuple[Row, ...] = (
     _row(701, S.WATCHING, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"}, S.R_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(702, S.WATCHING, "heartbeats failing", lambda o: o.failing, S.R_FAILED, "own heartbeats failed up to the threshold: what we know is old; no promotion from here"),
     _row(704, S.WATCHING, "latched", lambda o: o.latched or not o.trusted, S.WATCHING, "latched by an operator, or the fencer's state is untrusted: no promotion"),
+    _row(705, S.WATCHING, "rejoin from who leads no more", lambda o: o.astray, S.WATCHING, "the rejoin that is under way is from a primary that leads no more: ending it", "follow"),
     _row(706, S.WATCHING, "recorded primary is me, writable", lambda o: o.leads == "me" and o.db == "primary", S.DEMOTING, "recorded primary without a lease, yet writable: fencing", "fence"),
     _row(707, S.WATCHING, "no primary, store distrusted", lambda o: o.distrust != "" and (o.stale or o.leads in {"me", "vacant"}), S.WATCHING, "ALARM, no promotion:", detail=lambda o: o.distrust),
     _row(708, S.WATCHING, "recorded primary is me", lambda o: o.leads == "me" and o.recovered and o.db == "standby" and not o.writing and o.may_claim, S.PROMOTING, "leadership is recorded as ours: claiming a new term", "claim"),
     _row(710, S.WATCHING, "vacancy, eligible", lambda o: o.leads == "vacant" and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the place is vacant and we are eligible: claiming", "claim"),
+    _row(711, S.WATCHING, "cannot follow as it is, rejoin due", _rejoins, S.WATCHING, "rewinding or copying anew:", "rejoin", detail=_unable_why),
     _row(712, S.WATCHING, "primary stale, eligible", lambda o: o.leads == "other" and o.stale and o.eligible and not o.writing and o.may_claim, S.PROMOTING, "the primary's heartbeat is stale on both clocks and we are eligible: claiming", "claim"),
-    _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow"),
-    _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
+    _row(713, S.WATCHING, "cannot follow as it is", _cannot_follow, S.WATCHING, "PostgreSQL cannot follow as it is:", detail=_unable_why),
+    _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow", detail=_order_why),
+    _row(715, S.WATCHING, "follow failed, pause", lambda o: o.fencer_known and not o.stale and _waits(o), S.WATCHING, "PostgreSQL is not the standby it should be, which is tried again:", detail=_order_why),
+    _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order and o.may_follow, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
     _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote:", detail=lambda o: o.eligible_why),
+    _row(719, S.WATCHING, "last rejoin came to nothing", lambda o: o.rejoin_why != "" and o.following_right and not o.distrust, S.WATCHING, "runs, and the last rejoin came to nothing, which is tried again:", detail=lambda o: o.rejoin_why),
     _row(720, S.WATCHING, "store distrusted", lambda o: o.distrust != "", S.WATCHING, "ALARM:", detail=lambda o: o.distrust),
     _row(798, S.PROMOTING, "replaced after activating", lambda o: not o.writing and o.leads != "me" and o.order_op == "activate", S.DEMOTING, "replaced while promoting; fencing", "fence"),
     _row(800, S.PROMOTING, "claim lost", lambda o: not o.writing and o.leads != "me", S.WATCHING, "the claim was not won: another was faster, or the store did not confirm it"),

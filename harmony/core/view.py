@@ -43,10 +43,16 @@ class Policy:
     maximum_changes: int = 0
     changes_window_s: float = 3600.0
     flap_window_s: float = 600.0
+    rejoin: Literal["automatic", "off"] = "automatic"
+    rejoin_after_s: float = 10.0
 
     @property
     def failback_after_ns(self) -> int:
         return round(self.failback_after_s * NS)
+
+    @property
+    def rejoin_after_ns(self) -> int:
+        return round(self.rejoin_after_s * NS)
 
     @property
     def changes_window_ns(self) -> int:
@@ -82,6 +88,7 @@ class SentOrder(msgspec.Struct, frozen=True):
     refused: str = ""
     primary: str | None = None
     clean: bool = False
+    done_ns: int = 0  # when the fencer was first seen to have carried it out
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]
@@ -157,6 +164,14 @@ class View(msgspec.Struct, frozen=True):
     db: DbSeen | None = None
     db_ns: int = 0
     order: SentOrder | None = None
+    # whether PostgreSQL follows, as a standby, whom it was told to
+    streams: int = 0  # so many answers in a row have said that it streams
+    unstreamed_ns: int = 0  # since when it has not; 0: it streams, or has not said
+    follows: int = 0  # ordered since PostgreSQL last answered
+    rejoins: int = 0  # ordered since it last streamed for long
+    rejoined: bool = False  # the newest of them was done, and has not helped yet
+    rejoin_ns: int = 0  # when the newest was last seen running, or sent
+    rejoin_why: str = ""  # what the newest came to; "": there was none since it last streamed for long
     postgres_failed: bool = False
 
 
@@ -190,7 +205,14 @@ def alive(v: View, name: str, t: Timing, now_ns: int) -> bool:
     return changed is not None and now_ns - changed <= t.failover_ns
 
 
+def rejoining(v: View) -> bool:
+    """Whether a rejoin is at work, ours or one of the agent before us. What runs meanwhile is nobody's standby."""
+    return v.fencer is not None and (v.fencer.order_op, v.fencer.order_state) == ("rejoin", "running")
+
+
 def database(v: View, t: Timing, now_ns: int) -> Literal["down", "standby", "primary", "unknown"]:
+    if v.fencer is not None and (v.fencer.unfinished or rejoining(v)):
+        return "down"  # crash recovery answers like a standby: it is no candidate, and no voter to be heard
     if v.fencer is not None and not v.fencer_silent and not v.fencer.postgres_up:
         return "down"
     if v.db is None or now_ns - v.db_ns > 2 * (t.interval_ns + t.timeout_ns):

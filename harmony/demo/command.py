@@ -62,6 +62,9 @@ def summary(result: Result) -> str:
         f"{result.old_primary}'s last local write: {result.old_primary_last_ack_s:.2f} s after the fault.",
         "All as promised." if result.ok else f"NOT as promised: {result.why}.",
     ]
+    if result.old_primary_back_s is not None:
+        back = f"{result.old_primary_back_s:.1f} s after the fault"
+        lines.insert(-1, f"{result.old_primary} was back as a streaming standby {back}.")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from harmony.core.timing import PRESETS
 from harmony.demo import measure, procs
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster
+from harmony.demo.comeback import await_back
 from harmony.demo.parts import SetupError
 from harmony.demo.recorder import Recorders
 
@@ -27,6 +28,7 @@ AFTER_S = 3.0
 STORE_DOWN_S = 10.0
 FIRST_ACK_TIMEOUT_S = 15.0
 READ_BACK_TIMEOUT_S = 30.0
+BACK_TIMEOUT_S = 90.0
 TICK_S = 0.05
 Say = Callable[[str], None]
 Tick = Callable[[int], None]
@@ -54,7 +56,11 @@ WHAT = {
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What --json prints. Times in seconds; `outage_s` is null when no write came after the fault."""
+    """What --json prints. Times in seconds; `outage_s` is null when no write came after the fault.
+
+    `old_primary_back_s`: from the end of the fault, until the old primary streamed from the new one; null: it did not,
+    or was the primary again.
+    """
 
     scenario: str
     preset: str
@@ -62,6 +68,7 @@ class Result(msgspec.Struct, frozen=True):
     lost_rows: int
     dual_primary_s: float
     old_primary_last_ack_s: float
+    old_primary_back_s: float | None
     old_primary: str
     new_primary: str | None
     ok: bool
@@ -80,6 +87,7 @@ class Measured:
     old: str
     new: str | None
     problems: tuple[str, ...] = ()
+    back_s: float | None = None  # None: the old primary did not come back as a standby
 
 
 def store_down_s(preset: str) -> float:
@@ -105,6 +113,8 @@ def judge(scenario: Scenario, preset: str, found: Measured) -> Result:
         why.append(f"{found.lost} acknowledged rows are lost")
     if found.dual_primary_s > 0:
         why.append(f"two nodes accepted writes for {found.dual_primary_s:.3f} s")
+    if scenario is not Scenario.STORE_DOWN and found.new not in {None, found.old} and found.back_s is None:
+        why.append(f"{found.old} is not back as a streaming standby within {BACK_TIMEOUT_S:g} s")
     bounded = scenario in {Scenario.AGENT_FROZEN, Scenario.AGENT_KILLED, Scenario.STORE_DOWN}
     if bounded and found.last_ack_s > bound:
         why.append(
@@ -118,6 +128,7 @@ def judge(scenario: Scenario, preset: str, found: Measured) -> Result:
         lost_rows=found.lost,
         dual_primary_s=round(found.dual_primary_s, 6),
         old_primary_last_ack_s=round(found.last_ack_s, 3),
+        old_primary_back_s=None if found.back_s is None else round(found.back_s, 1),
         old_primary=found.old,
         new_primary=found.new,
         ok=not why,
@@ -176,9 +187,12 @@ class Fault:
         left = procs.kill_everything(node.folder, [node.data_dir])
         if left:
             raise SetupError(f"{self.old} could not be killed: {left}")
+        self.cluster.supervisors[self.old].wait(timeout=5)
 
     def lift(self) -> None:
-        """Let frozen agents run on, bring the store back; what was killed stays with its supervisor."""
+        """Let frozen agents run on, start the killed node, bring the store back; the rest its supervisor does."""
+        if self.scenario is Scenario.NODE_KILLED:
+            self.cluster.start_supervisor(self.old)
         if self.scenario is Scenario.AGENT_FROZEN:
             for process in self._hit.values():
                 procs.send(process, signal.SIGCONT)
@@ -242,22 +256,41 @@ class Run:
             until = time.monotonic() + AFTER_S
             while time.monotonic() < until:
                 self._pause(recorders)
+        back_s = None
+        if self._scenario is not Scenario.STORE_DOWN:
+            fault.lift()
+            if new is not None:
+                back_s = self._await_back(recorders, old, new)
         problems = tuple(
             f"a measuring client ended by itself: see {self._cluster.base}/clients"
             for recorder in recorders.all()
             if recorder.died
         )
-        if self._scenario is not Scenario.STORE_DOWN:
-            fault.lift()
-            if self._scenario is Scenario.AGENT_FROZEN:  # the woken agents must not write either
-                until = time.monotonic() + 1.0
-                while time.monotonic() < until:
-                    self._pause(recorders)
         recorders.stop()
         found = self._found(recorders, fault_ns, lifted_ns, old, new)
         return judge(
-            self._scenario, self._cluster.preset, replace(found, problems=(*problems, *found.problems))
+            self._scenario,
+            self._cluster.preset,
+            replace(found, problems=(*problems, *found.problems), back_s=back_s),
         )
+
+    def _await_back(self, recorders: Recorders, old: str, new: str) -> float | None:
+        """Seconds from the end of the fault until the old primary is a standby again; None: it is not.
+
+        The client and the probers go on: woken agents must not write either.
+        """
+        self._say(f"The fault is over; {old} should come back as a standby by itself")
+        began = time.monotonic()
+        newest = recorders.writer.acks[-1].id
+        while recorders.writer.acks[-1].id == newest and time.monotonic() - began < BACK_TIMEOUT_S:
+            self._pause(recorders)
+        newest = recorders.writer.acks[-1].id
+        left_s = BACK_TIMEOUT_S - (time.monotonic() - began)
+        if not await_back(self._cluster, old, new, newest, left_s, lambda: self._pause(recorders)):
+            return None
+        back_s = time.monotonic() - began
+        self._say(f"The old primary is back as a streaming standby: {back_s:.1f} s")
+        return back_s
 
     def _await_takeover(self, recorders: Recorders, fault: Fault, lifted_ns: int | None) -> str | None:
         """The node that acknowledges the client's writes after the fault (or the store's return)."""

@@ -141,6 +141,9 @@ def test_lsn() -> None:
         {"latched": True},
         {"nofailover": True},
         {"fencer_ok": False},
+        {"retiring": True},
+        {"distrust": "rolled back"},
+        {"timeline": 0},
     ],
 )
 def test_who_is_able(change: dict[str, object]) -> None:
@@ -254,9 +257,20 @@ def fencer_status(
     raw |= {"trust_detail": "", "highest": {"term": 3, "order": 5}, "active": None, "self_fence": None}
     raw |= {"lease_deadline_boottime_ns": None, "order": None, "fence_proven": proven, "following": None}
     raw |= {"postgres": "down" if proven else "running", "postgres_starts": 1, "is_standby": True}
-    raw |= {"held_by": "cgroup /c", "watchdog": "off", "cannot_lead": "", "change": 1, "shutdown_lsn": None}
+    raw |= {
+        "held_by": "cgroup /c",
+        "watchdog": "off",
+        "cannot_lead": "",
+        "progress": "",
+        "unfinished": False,
+        "cannot_rewind": "",
+        "timeline": 4,
+        "change": 1,
+        "shutdown_lsn": None,
+    }
     raw |= {
         "system_identifier": "7",
+        "timeline": 4,
         "latch": {"reason": "r", "who": "w", "at_utc": "t"} if latched else None,
     }
     return replace(msgspec.convert(raw, protocol.Status), order=order)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from harmony.cli.control import Impossible
-from harmony.cli.switchover import Picture, bound_s, look, outcome
+from harmony.cli.switchover import Picture, bound_s, follow, look, outcome
 from harmony.config import Config, load
 from harmony.core.timing import PRESETS
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, encode
@@ -100,3 +100,11 @@ async def test_who_is_alive_is_told_by_the_stores_own_time(config: Config) -> No
     found = await look(store, config)
     assert set(found.members) == {"n2"}
     assert "n3 is not alive" in found.obstacle("n3")
+
+
+async def test_a_record_that_becomes_unreadable_while_it_follows_is_named(config: Config) -> None:
+    """W1: with where to look, and no traceback on the worst day."""
+    store = MemoryStore(MemoryServer(), "c1")
+    await store.create(CLUSTER_STATE, b"{", timeout_s=1)
+    with pytest.raises(Impossible, match="cluster_state cannot be read"):
+        await follow(store, config.timing, 3, "n2", "r")

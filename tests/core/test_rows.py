@@ -23,6 +23,11 @@ STANDBY: dict[str, object] = {"granted": False, "db": "standby"}
 STRAY: dict[str, object] = {"granted": False, "db": "down", "postgres_up": False, "following_right": False}
 
 
+ASTRAY: dict[str, object] = STRAY | {"leads": "other", "rejoining": True, "astray": True}
+IN_VAIN: dict[str, object] = {"leads": "other", "order": "failed", "order_op": "follow", "may_follow": False}
+UNABLE: dict[str, object] = {"leads": "other", "unable": "it stays on timeline 2, n1 is on 3"}
+
+
 def leader(base: int, state: S, down: S, aside: S) -> list[Example]:
     """Healthy and Leader."""
     return [
@@ -69,9 +74,13 @@ EXAMPLES: list[Example] = [
     (496, S.YIELDING, GONE | {"leads": "unread"}, S.P_INITIALIZING, ()),
     (500, S.YIELDING, GONE, S.FENCED, ()),
     (502, S.YIELDING, {}, S.P_FAILED, ("fence",)),
+    (503, S.YIELDING, ASTRAY, S.YIELDING, ("follow",)),
     (504, S.YIELDING, STANDBY | {"leads": "other", "latched": True}, S.YIELDING, ()),
+    (505, S.YIELDING, STRAY | UNABLE | {"rejoin_due": True}, S.YIELDING, ("rejoin",)),
     (506, S.YIELDING, STANDBY | {"leads": "other"}, S.WATCHING, ()),
+    (507, S.YIELDING, STRAY | UNABLE, S.YIELDING, ()),
     (508, S.YIELDING, STRAY | {"leads": "other"}, S.YIELDING, ("follow",)),
+    (509, S.YIELDING, STRAY | IN_VAIN, S.YIELDING, ()),
     (510, S.YIELDING, STRAY | {"leads": "other", "order": "done", "order_op": "follow"}, S.YIELDING, ("follow",)),
     (600, S.R_INITIALIZING, {"foreign": "another system id"}, S.R_INITIALIZING, ("fatal",)),
     (602, S.R_INITIALIZING, {"fencer_known": False}, S.R_INITIALIZING, ()),
@@ -85,14 +94,19 @@ EXAMPLES: list[Example] = [
     (701, S.WATCHING, STANDBY | {"leads": "unread"}, S.R_INITIALIZING, ()),
     (702, S.WATCHING, STANDBY | {"failing": True}, S.R_FAILED, ()),
     (704, S.WATCHING, STANDBY | {"latched": True, "stale": True, "eligible": True}, S.WATCHING, ()),
+    (705, S.WATCHING, ASTRAY, S.WATCHING, ("follow",)),
     (706, S.WATCHING, {"leads": "me", "granted": False}, S.DEMOTING, ("fence",)),
     (707, S.WATCHING, STANDBY | {"distrust": "x", "stale": True, "eligible": True}, S.WATCHING, ()),
     (708, S.WATCHING, STANDBY | {"leads": "me"}, S.PROMOTING, ("claim",)),
     (710, S.WATCHING, STANDBY | {"leads": "vacant", "eligible": True}, S.PROMOTING, ("claim",)),
+    (711, S.WATCHING, STANDBY | UNABLE | {"rejoin_due": True}, S.WATCHING, ("rejoin",)),
     (712, S.WATCHING, STANDBY | {"stale": True, "eligible": True}, S.PROMOTING, ("claim",)),
+    (713, S.WATCHING, STANDBY | UNABLE, S.WATCHING, ()),
     (714, S.WATCHING, STRAY, S.WATCHING, ("follow",)),
+    (715, S.WATCHING, STRAY | IN_VAIN, S.WATCHING, ()),
     (716, S.WATCHING, STRAY | {"order": "done", "order_op": "follow"}, S.WATCHING, ("follow",)),
     (718, S.WATCHING, STANDBY | {"stale": True, "eligible_why": "behind"}, S.WATCHING, ()),
+    (719, S.WATCHING, STANDBY | {"rejoin_why": "wrong password"}, S.WATCHING, ()),
     (720, S.WATCHING, STANDBY | {"distrust": "x"}, S.WATCHING, ()),
     (798, S.PROMOTING, ACTIVATED | {"leads": "other"}, S.DEMOTING, ("fence",)),
     (800, S.PROMOTING, STANDBY | {"leads": "other"}, S.WATCHING, ()),

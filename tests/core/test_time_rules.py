@@ -219,6 +219,25 @@ def test_postgres_that_dies_right_after_its_activation_is_fenced() -> None:
     assert [c.op for c in commands if isinstance(c, Order)] == ["fence"]
 
 
+def test_postgres_that_is_restarted_as_a_standby_right_after_its_activation_is_fenced() -> None:
+    """I5: found by simulation (seed 20818): it waited for ever for its standby to be the primary."""
+    me = identity("n2")
+    won = cluster(term=4, primary="n2", primary_fencer_id="id-n2", last_primary="n2")
+    v, _ = step(initial(me), [fencer(), seen(won, 60)], me, FAST, T0)
+    v = msgspec.structs.replace(v, state=State.PROMOTING, order=SentOrder((4, 1), "activate", T0))
+    v = msgspec.structs.replace(v, lease_until_ns=T0 + 60 * NS)
+    running = {"highest": (4, 1), "active": (4, 1), "lease_deadline_ns": T0 + 60 * NS, "order": (4, 1)}
+    running |= {"order_op": "activate", "following": None}
+    v, _ = step(v, [fencer(order_state="running", **running), standby(T0 + 1)], me, FAST, T0 + 2)
+    done = fencer(order_state="done", **running)
+    v, commands = step(v, [done, standby(T0 + 3)], me, FAST, T0 + 10)
+    assert v.state is State.PROMOTING  # both answers are from before its end
+    assert not [c for c in commands if isinstance(c, Order)]
+    v, commands = step(v, [done, standby(T0 + 11)], me, FAST, T0 + 12)
+    assert v.state is State.DEMOTING
+    assert [c.op for c in commands if isinstance(c, Order)] == ["fence"]
+
+
 def test_a_proof_is_of_the_newest_order() -> None:
     """I1, W3: a fence that is older than an activate on its way proves nothing: that could still be carried out."""
     down = fencer(highest=(3, 4), fence_proven=True, postgres_up=False)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
-from harmony.demo import measure, procs
+from harmony.demo import procs
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import Cluster, ask_status, make_base
+from harmony.demo.cluster import Cluster
 from harmony.demo.databases import Node
-from harmony.demo.recorder import Recorders
-from harmony.records import ClusterState
+from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
 
@@ -31,70 +25,11 @@ class Polite(Cluster):
         return super().settings(node) | {"failover": {"maximum_changes": 0} | more}
 
 
-class Running:
-    """A cluster under load."""
-
-    def __init__(self, cluster: Cluster, recorders: Recorders) -> None:
-        self.cluster, self.recorders = cluster, recorders
-
-    def until(self, what: str, condition: Callable[[], bool], seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.logs()}"
-            time.sleep(0.05)
-
-    def logs(self) -> str:
-        return "\n".join(
-            f"{n}: {self.cluster.tail(node.folder / 'node.log', 3000)}"
-            for n, node in self.cluster.nodes.items()
-        )
-
-    def acks_by(self, name: str, since_ns: int) -> int:
-        return self.recorders.acked_at(self.cluster.nodes[name].port, since_ns)
-
-    def record(self, name: str) -> ClusterState:
-        reply = ask_status(self.cluster.nodes[name].folder / "run" / "agent" / "agent.sock", 2.0)
-        assert reply is not None
-        assert reply.cluster is not None
-        return reply.cluster
-
-    def harmonyctl(self, asker: str, *arguments: str) -> tuple[int, str]:
-        config = ("--config", str(self.cluster.nodes[asker].config))
-        argv = [sys.executable, "-I", "-m", "harmony", *arguments, *config]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    def check(self, since_ns: int, at: str) -> float:
-        """Nothing lost, never two; the longest pause of the client since then, in seconds."""
-        self.recorders.stop()
-        with psycopg.connect(self.cluster.conninfo(at) + " connect_timeout=5", autocommit=True) as link:
-            stored = [int(row[0]) for row in link.execute("SELECT id FROM harmony_demo").fetchall()]
-        acks = [a.id for a in self.recorders.writer.acks]
-        assert acks
-        assert measure.lost_rows(acks, stored) == ()
-        recordings = {name: r.recording for name, r in self.recorders.probers.items()}
-        assert measure.dual_primary_s(recordings) == 0
-        return measure.outage_s(self.recorders.writer.acks, since_ns)
-
-
 @pytest.fixture
 def running() -> Iterator[Running]:
-    base = make_base()
-    cluster = Polite.prepare("fast", base)
-    recorders = None
-    try:
-        cluster.start(lambda _: None)
-        probes = {name: cluster.conninfo(name) for name in cluster.nodes}
-        recorders = Recorders(base / "clients", cluster.writer_conninfo, probes)
-        found = Running(cluster, recorders)
+    with under_load(Polite) as found:
         found.until("n1 accepts writes", lambda: found.acks_by("n1", 0) > 20)
         yield found
-    finally:
-        if recorders is not None:
-            recorders.stop()
-        left = cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
-        assert left == []
 
 
 def test_a_switchover_and_the_way_back(running: Running) -> None:

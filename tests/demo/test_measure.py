@@ -100,7 +100,7 @@ def test_last_ack_counts_from_the_fault() -> None:
     assert last_ack_s(Recording(), 0) == 0
 
 
-GOOD = Measured(4.2, 0, 100, 0.0, 1.5, "n1", "n2")
+GOOD = Measured(4.2, 0, 100, 0.0, 1.5, "n1", "n2", back_s=9.0)
 
 
 def test_a_takeover_without_loss_is_ok() -> None:
@@ -122,6 +122,11 @@ def test_a_takeover_without_loss_is_ok() -> None:
         (Scenario.STORE_DOWN, Measured(11, 0, 1, 0, 1, "n1", "n2"), "expected n1 again"),
         (Scenario.STORE_DOWN, Measured(11, 0, 1, 0, 9.9, "n1", "n1"), "until 9.900 s"),
         (Scenario.NODE_KILLED, Measured(1, 0, 1, 0, 0, "n1", "n2", ("a client ended",)), "a client ended"),
+        (
+            Scenario.POSTGRES_KILLED,
+            Measured(1, 0, 1, 0, 0, "n1", "n2"),
+            "n1 is not back as a streaming standby",
+        ),
     ],
 )
 def test_every_broken_promise_is_named(scenario: Scenario, found: Measured, says: str) -> None:

@@ -50,4 +50,5 @@ def test_scenario(scenario: Scenario) -> None:
         assert result.outage_s >= store_down_s("fast") - BOUND_S
     else:
         assert result.new_primary != result.old_primary
+        assert result.old_primary_back_s is not None
         assert 0 < result.outage_s < 3 * FAST.failover_timeout_s + 30

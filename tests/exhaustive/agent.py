@@ -38,7 +38,7 @@ from harmony.core.messages import (
 from harmony.core.node import initial, step
 from harmony.core.register import RETRY_NS
 from harmony.core.timing import Timing
-from harmony.core.view import Identity, View
+from harmony.core.view import Identity, Policy, View
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Control, Member
 from tests.exhaustive import normal
 from tests.exhaustive.host import NODES, Host, Violation, fencer_view, receive
@@ -103,7 +103,8 @@ class Setting(NamedTuple):
 
 def identity(node: str) -> Identity:
     """Asynchronous, and whatever a standby has received is enough: the model has no WAL."""
-    return Identity(node, "c1", node == "n1", NODES, 0, 1024, False, 100, node, "boot", "model")
+    policy = Policy(rejoin="off", rejoin_after_s=10**6)  # no WAL: nothing diverges
+    return Identity(node, "c1", node == "n1", NODES, 0, 1024, False, 100, node, "boot", "model", policy)
 
 
 ME = {n: identity(n) for n in NODES}

@@ -12,17 +12,9 @@ from harmony.core.messages import FencerView, Gen, Order, Renew
 from harmony.core.timing import Timing
 from harmony_fencer.admit import Extend, Facts, NewOrder, admit
 from harmony_fencer.lease import clamp
-from harmony_fencer.protocol import (
-    Activate,
-    Fence,
-    Follow,
-    Generation,
-    OrderRecord,
-    Refusal,
-    SyncRule,
-)
-from harmony_fencer.protocol import Renew as RenewRequest
+from harmony_fencer.protocol import Generation, OrderRecord, Refusal
 from tests.exhaustive.normal import NOW
+from tests.orders import request
 
 NODES = ("n1", "n2")
 
@@ -100,21 +92,6 @@ def _facts(h: Host, node: str) -> Facts:
         active=Generation(*h.active) if h.active is not None else None,
         lease_deadline_ns=h.deadline_ns,
     )
-
-
-def request(c: Order | Renew) -> Activate | Fence | Follow | RenewRequest:
-    """As the agent's link sends it."""
-    g = Generation(*c.generation)
-    if isinstance(c, Renew):
-        return RenewRequest(generation=g, deadline_boottime_ns=c.deadline_ns)
-    match c.op:
-        case "activate":
-            rule = SyncRule(c.sync_count, c.sync_voters)
-            return Activate(generation=g, deadline_boottime_ns=c.deadline_ns, sync=rule, timeline=c.timeline)
-        case "fence":
-            return Fence(generation=g, reason="", clean=c.clean)
-        case "follow":
-            return Follow(generation=g, primary=c.primary)
 
 
 def receive(

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from harmony.core.messages import Gen, Marks
 from harmony.core.register import Attempt, Register
+from harmony.core.rejoin import FOLLOW_PAUSE_NS, FOLLOW_PAUSES
 from harmony.core.states import State
 from harmony.core.timing import NS, Timing
 from harmony.core.view import View
@@ -141,7 +142,13 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         quiet = patience
     order = v.order
     if order is not None:
-        order = replace(order, sent_ns=past(order.sent_ns, 2), refused="refused" if order.refused else "")
+        longest = max(2, FOLLOW_PAUSE_NS * 2 ** min(v.follows, FOLLOW_PAUSES + 1) // (2 * UNIT))
+        order = replace(
+            order,
+            sent_ns=past(order.sent_ns, longest),
+            done_ns=past(order.done_ns, 2) if order.done_ns else 0,
+            refused="refused" if order.refused else "",
+        )
     record = v.lead_record if v.lead.running else None
     return replace(
         v,
@@ -181,6 +188,9 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         marks=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept=Marks(v.marks.term, moved(v.marks.revision, by)),
         kept_ns=NOW,
+        streams=0,  # without WAL nothing diverges, and rejoin.mode is off
+        unstreamed_ns=0,
+        follows=min(v.follows, FOLLOW_PAUSES + 1),
         own_back_ns=0,
         went_back_ns=past(v.went_back_ns, t.lease_ns / UNIT + 1),
         fencer=None,

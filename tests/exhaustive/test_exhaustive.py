@@ -79,29 +79,14 @@ ASKED = {"handed over": HANDED}
 ASK = frozenset({"ask"})
 SMALL = {
     "messages": Bounds(100_000, EVERY_GOAL, terms=3, complete=True),
-    "longer leases": Bounds(70_000, EVERY_GOAL, threshold=2, complete=True),
-    "faults": Bounds(120_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
-    "hand-over": Bounds(40_000, ASKED, start="calm", faults=1, kinds=ASK, depth=21),
+    "longer leases": Bounds(65_000, EVERY_GOAL, threshold=2, complete=True),
+    "faults": Bounds(110_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
+    "hand-over": Bounds(35_000, ASKED, start="calm", faults=1, kinds=ASK, depth=21),
 }
 MORE = {
-    "hand-over, whole": Bounds(280_000, ASKED, faults=1, kinds=ASK, complete=True),
-    "faults, deeper": Bounds(540_000, {"failover": TAKEN}, start="calm", faults=1, kinds=FAULTS, depth=16),
-    "two faults": Bounds(400_000, {"fenced": _fenced}, start="calm", faults=2, kinds=FAULTS, depth=9),
-}
-ALL = {
-    "messages": Bounds(100_000, EVERY_GOAL, terms=3, complete=True),
-    "faults": Bounds(100_000, {"fenced": _fenced}, start="calm", faults=1, kinds=FAULTS, depth=12),
-    "hand-over": Bounds(
-        10_000, {"handed over": HANDED}, start="calm", faults=1, kinds=frozenset({"ask"}), depth=21
-    ),
-}
-MORE = {
-    "longer leases": Bounds(1, EVERY_GOAL, terms=2, threshold=2, complete=True),
-    "hand-over, whole": Bounds(
-        300_000, {"handed over": HANDED}, faults=1, kinds=frozenset({"ask"}), complete=True
-    ),
-    "faults, deeper": Bounds(1, {"failover": TAKEN}, start="calm", faults=1, kinds=FAULTS, depth=16),
-    "two faults": Bounds(1, {"fenced": _fenced}, start="calm", faults=2, kinds=FAULTS, depth=9),
+    "hand-over, whole": Bounds(250_000, ASKED, faults=1, kinds=ASK, complete=True),
+    "faults, deeper": Bounds(500_000, {"failover": TAKEN}, start="calm", faults=1, kinds=FAULTS, depth=16),
+    "two faults": Bounds(370_000, {"fenced": _fenced}, start="calm", faults=2, kinds=FAULTS, depth=9),
 }
 ALL = SMALL | (MORE if LARGE else {})
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from harmony.demo.parts import Parts, find_parts, run_as
-from tests.fencer.node import Node, Template
+from tests.fencer.node import Node, Template, memory_folder
+from tests.fencer.pair import Pair, Primary
 
 
 def make_template(top: Path, parts: Parts) -> Template:
@@ -45,3 +46,16 @@ def node(template: Template) -> Iterator[Node]:
     yield made
     made.destroy()
     shutil.rmtree(top)
+
+
+@pytest.fixture
+def pair(template: Template) -> Iterator[Pair]:
+    tops = [Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder())) for _ in range(2)]
+    for top in tops:
+        top.chmod(0o755)
+    node, primary = Node(tops[0], template), Primary(tops[1], template)
+    yield Pair(node, primary)
+    primary.stop()
+    node.destroy()
+    for top in tops:
+        shutil.rmtree(top)

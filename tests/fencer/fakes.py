@@ -244,6 +244,7 @@ class World:
     production: bool = False  # what the control file says
     checkpoint: int | None = None  # and of a primary that was shut down cleanly: where
     by_hand: bool = False  # somebody else made it writable
+    unfinished: bool = False  # what is at data_dir only holds the place of what is being rewound
     primary: str | None = None
     sync: SyncRule | None = None
     pid: int = 100
@@ -262,6 +263,8 @@ class World:
         """A postmaster appears: a standby when it is marked so, else a primary."""
         if self.lives:
             raise PostgresError("it runs already, or its backends do")
+        if self.unfinished:
+            raise PostgresError("there is no database in it")
         self.pid += 1
         self.ends[self.pid] = trio.Event()
         self.alive, self.recovery, self.frozen, self.stopping = True, self.standby, False, False
@@ -308,7 +311,63 @@ class Call:
     name: str
 
 
-Effect = Literal["start", "promote", "stop", "configure", "reload", "mark"]
+Effect = Literal["start", "promote", "stop", "configure", "reload", "mark", "check", "rejoin"]
+
+
+class SteppedRejoin:
+    """An engine.Rejoining over a World: looked at, stepped aside, rewound or copied, put in place, started.
+
+    Of a rewind nothing can be started from `aside` to `in place`, whoever dies meanwhile; a copy leaves the old one.
+    """
+
+    def __init__(self, engine: SteppedEngine) -> None:
+        self._engine, self._world = engine, engine.world
+        self._working = ""
+
+    cannot_rewind = ""
+
+    async def learn(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def unfinished(self) -> bool:
+        return self._world.unfinished
+
+    @property
+    def progress(self) -> str:
+        return self._working or ("interrupted" if self.unfinished else "")
+
+    async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
+        if self._engine.could_write():
+            self._engine.fouls.append("I1: a rejoin looks around while PostgreSQL may write")
+        async with self._engine.effect("check") as call:
+            await self._engine.step(call, "looked at")
+            return "a copy was ordered" if clone else ""
+
+    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+        w, engine = self._world, self._engine
+        if w.lives or not w.standby:
+            engine.fouls.append("I1: a rejoin began on a PostgreSQL that runs, or is not marked as a standby")
+        async with engine.effect("rejoin") as call:
+            self._working = "rejoining"
+            try:
+                if not why_clone:
+                    await engine.step(call, "aside")
+                    self._must_be_alone()
+                    w.unfinished = True
+                await engine.step(call, "copied" if why_clone else "rewound")
+                await engine.step(call, "in place")
+                self._must_be_alone()
+                durable.replace(w.data / WITNESS, testimony)
+                w.unfinished, w.production, w.primary = False, False, primary
+            finally:
+                self._working = ""
+        await engine.start()
+        return "done"
+
+    def _must_be_alone(self) -> None:
+        if self._world.lives:
+            raise PostgresError("somebody has started it meanwhile")
 
 
 class SteppedEngine:
@@ -322,6 +381,7 @@ class SteppedEngine:
 
     def __init__(self, world: World, clock: DrivenClock, fence_timeout_s: float) -> None:
         self.world = world
+        self.rejoin = SteppedRejoin(self)
         self._clock = clock
         self._mark_s = 0.15 * fence_timeout_s
         self._halted = False
@@ -347,7 +407,7 @@ class SteppedEngine:
         step.failure = failure
         step.event.set()
 
-    async def _step(self, call: Call, name: str, *, shield: bool = False) -> None:
+    async def step(self, call: Call, name: str, *, shield: bool = False) -> None:
         if self._dead:
             raise Killed(name)
         if self.auto:
@@ -366,7 +426,7 @@ class SteppedEngine:
             raise step.failure
 
     @asynccontextmanager
-    async def _effect(self, name: Effect) -> AsyncIterator[Call]:
+    async def effect(self, name: Effect) -> AsyncIterator[Call]:
         """Note that it runs; where `sticky`, a cancelled one takes its time to end."""
         if self._dead:
             raise Killed(name)
@@ -378,7 +438,7 @@ class SteppedEngine:
             yield call
         except trio.Cancelled:
             if self.sticky and name in {"start", "reload", "promote"} and not self._dead:
-                await self._step(call, "ending", shield=True)
+                await self.step(call, "ending", shield=True)
             raise
         finally:
             self.calls.remove(call)
@@ -430,14 +490,14 @@ class SteppedEngine:
         self.world.frozen = self.world.lives
 
     async def mark_standby(self) -> None:
-        async with self._effect("mark") as call:
-            await self._step(call, "standby.signal")
+        async with self.effect("mark") as call:
+            await self.step(call, "standby.signal")
             self.world.standby = True
 
     async def _mark(self, call: Call) -> str:
         try:
             with trio.move_on_after(self._mark_s):
-                await self._step(call, "standby.signal")
+                await self.step(call, "standby.signal")
                 self.world.standby = True
                 return ""
         except OSError as e:
@@ -446,7 +506,7 @@ class SteppedEngine:
 
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome:
         """As ladder.Ladder climbs."""
-        async with self._effect("stop") as call:
+        async with self.effect("stop") as call:
             notes, rungs = "", list[Rung]()
             if self.world.lives and clean_until_ns > self._clock.now_ns() and not self._halted:
                 notes = await self._mark(call)
@@ -456,7 +516,7 @@ class SteppedEngine:
                 self.halt()
                 notes = await self._mark(call)
                 try:
-                    await self._step(call, "kill")
+                    await self.step(call, "kill")
                     self.world.gone()
                 except PostgresError as e:
                     notes = str(e)
@@ -474,7 +534,7 @@ class SteppedEngine:
 
         async def shut_down(scope: trio.CancelScope) -> None:
             try:
-                await self._step(call, "clean shutdown")
+                await self.step(call, "clean shutdown")
                 self.world.gone(clean=True)
                 scope.cancel()
             except PostgresError:
@@ -486,33 +546,35 @@ class SteppedEngine:
             nursery.cancel_scope.cancel()
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
-        async with self._effect("configure") as call:
-            await self._step(call, "configure")
+        async with self.effect("configure") as call:
+            await self.step(call, "configure")
+            if self.world.unfinished:
+                raise PostgresError("only a rejoin starts PostgreSQL here")
             durable.replace(self.world.data / WITNESS, testimony)
             self.world.primary, self.world.sync = primary, sync
 
     async def start(self) -> None:
-        async with self._effect("start") as call:
-            await self._step(call, "standby.signal")
+        async with self.effect("start") as call:
+            await self.step(call, "standby.signal")
             self.world.standby = True
-            await self._step(call, "launch")
+            await self.step(call, "launch")
             if self._halted:
                 self.fouls.append("started while halted")
             self.world.launch()
-            await self._step(call, "ready")
+            await self.step(call, "ready")
             self._must_run()
 
     async def reload(self) -> None:
-        async with self._effect("reload") as call:
-            await self._step(call, "reload")
+        async with self.effect("reload") as call:
+            await self.step(call, "reload")
             self._must_run()
 
     async def promote(self, reserved: int) -> int:
-        async with self._effect("promote") as call:
-            await self._step(call, "trigger")
+        async with self.effect("promote") as call:
+            await self.step(call, "trigger")
             self._must_run()
             self.world.promoting = self.world.recovery
-            await self._step(call, "promoted")
+            await self.step(call, "promoted")
             self._must_run()
             self.world.promoted()
             return self.timeline()

@@ -29,6 +29,7 @@ from harmony_fencer.protocol import (
     OrderOp,
     OrderRecord,
     Refusal,
+    Rejoin,
     Renew,
     Reply,
     Request,
@@ -56,12 +57,18 @@ MEANING = {
     "Hello.client": "the caller's name, for people",
     "Activate.generation": _GENERATION,
     "Activate.deadline_boottime_ns": _DEADLINE,
+    "Activate.timeline": "what the promotion must begin, reserved in the store "
+    "([ADR 011](adr/011-timelines-are-reserved.md)); 0: whatever PostgreSQL takes",
     "Activate.sync": "the synchronous replication to be configured before it may write",
     "Fence.generation": _GENERATION,
     "Fence.reason": _REASON,
     "Fence.clean": "true: a planned demotion, a clean shutdown is tried first; false: writes end at once",
     "Follow.generation": _GENERATION,
     "Follow.primary": "the member to stream from, another than this node; null: nobody",
+    "Rejoin.generation": _GENERATION,
+    "Rejoin.primary": "the member to stream from and to be made equal to, another than this node",
+    "Rejoin.system_identifier": "the cluster's, in decimal: no other one's data is touched or taken",
+    "Rejoin.clone": "true: copied anew at once, as a rewind before this did not help",
     "Renew.generation": "of the `activate` whose lease is in force",
     "Renew.deadline_boottime_ns": _DEADLINE + "; an earlier one than that in force changes nothing",
     "OperatorFence.reason": "kept with the latch",
@@ -74,7 +81,7 @@ MEANING = {
     "Rung.detail": "what was done, for people",
     "OrderRecord.generation": "under which it was accepted",
     "OrderRecord.op": "which order",
-    "OrderRecord.primary": "of a `follow`: as it was asked for",
+    "OrderRecord.primary": "of a `follow` or `rejoin`: as it was asked for",
     "OrderRecord.state": "what became of it: see [outcomes](#outcomes)",
     "OrderRecord.detail": "why it failed, or what was not as it should be, for people",
     "OrderRecord.timeline": "of an `activate` that is done: PostgreSQL's timeline",
@@ -107,12 +114,16 @@ MEANING = {
     "Status.postgres_starts": "starts seen by this fencer process: betrays a crash and restart between two looks",
     "Status.following": "the primary of the last `follow` done, while PostgreSQL runs as a standby",
     "Status.is_standby": "`standby.signal` is there: whoever starts PostgreSQL gets a read-only standby",
+    "Status.timeline": "the newest with WAL here, as seen at the start or by an activate; 0: not known yet",
     "Status.system_identifier": "PostgreSQL's, once it has been read",
     "Status.latch": "the operator's fence in force",
     "Status.held_by": "how PostgreSQL's processes are held: a cgroup, or the process tree and why, for people",
     "Status.watchdog": "the watchdog device and its state, for people",
     "StatusRequest.unless": "the `change` of the last `status` seen",
     "StatusRequest.wait_ms": "while nothing has changed since `unless`, answer after so many milliseconds",
+    "Status.cannot_rewind": "why `pg_rewind` could not help here and what to do; empty: nothing is known against it",
+    "Status.progress": "what a `rejoin` is doing, or that one was interrupted, for people; empty: neither",
+    "Status.unfinished": "a `rejoin` was interrupted: until another is done, PostgreSQL cannot be started here",
     "Status.change": "another number when anything but times has changed; begins anew with the fencer",
     "Status.cannot_lead": "why an `activate` would fail here, for people; empty: nothing is known against it",
     "Refusal.error": "see [refusals](#refusals)",
@@ -231,6 +242,14 @@ REFUSALS = {
     "not_active": (
         "the generation renewed is not the one whose lease is in force, or that lease is over",
         "you do not lead (any more): stop renewing; PostgreSQL is being fenced or was",
+    ),
+    "active": (
+        "the node leads under a lease, and a `rejoin` would destroy what only it has",
+        "`fence` first, and only where another leads",
+    ),
+    "unfinished": (
+        "a `rejoin` was interrupted while the data directory was being rewound",
+        "send another `rejoin`: nothing else can start PostgreSQL there",
     ),
     "lease_expired": (
         "the deadline asked for is not in the future of the fencer's clock",
@@ -376,7 +395,7 @@ def _newest(op: OrderOp, primary: str | None = None) -> Callable[[Case], Case]:
     return lambda c: _facts(c, highest=G, newest=OrderRecord(G, op, primary, "done"))
 
 
-OPS: dict[type, OrderOp] = {Activate: "activate", Fence: "fence", Follow: "follow"}
+OPS: dict[type, OrderOp] = {Activate: "activate", Fence: "fence", Follow: "follow", Rejoin: "rejoin"}
 
 
 def _same(case: Case) -> Case:
@@ -423,6 +442,10 @@ NO_MEMBER = Step(
     "bad_message",
     lambda c: replace(c, request=msgspec.structs.replace(c.request, primary="n9")),
 )
+LEADS = Step("the node leads under a lease", "active", lambda c: _facts(c, active=Generation(7, 2)))
+UNFINISHED = Step(
+    "a rejoin was interrupted in the data directory", "unfinished", lambda c: _facts(c, unfinished=True)
+)
 NO_VOTERS = Step(
     "`sync.voters` names this node, or no configured member",
     "bad_message",
@@ -455,7 +478,17 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
     (Case(FRESH, StatusRequest(), "agent"), [EITHER], "status"),
     (
         Case(FRESH, Activate(generation=G, deadline_boottime_ns=NOW + 9, sync=RULE), "agent"),
-        [EITHER, RETIRING, *_repeats("fence"), UNTRUSTED, LATCHED, LATE, NO_VOTERS, NOT_DURABLE],
+        [
+            EITHER,
+            RETIRING,
+            *_repeats("fence"),
+            UNTRUSTED,
+            LATCHED,
+            LATE,
+            NO_VOTERS,
+            UNFINISHED,
+            NOT_DURABLE,
+        ],
         BEGUN,
     ),
     (
@@ -466,6 +499,20 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
     (
         Case(FRESH, Follow(generation=G, primary="n2"), "agent"),
         [EITHER, RETIRING, *_repeats("follow", primary=True), UNTRUSTED, LATCHED, NO_MEMBER, NOT_DURABLE],
+        BEGUN,
+    ),
+    (
+        Case(FRESH, Rejoin(generation=G, primary="n2", system_identifier="1"), "agent"),
+        [
+            EITHER,
+            RETIRING,
+            *_repeats("follow", primary=True),
+            UNTRUSTED,
+            LATCHED,
+            LEADS,
+            NO_MEMBER,
+            NOT_DURABLE,
+        ],
         BEGUN,
     ),
     (

@@ -16,6 +16,7 @@ from harmony_fencer.protocol import (
     OperatorFence,
     OrderRecord,
     Refusal,
+    Rejoin,
     Renew,
     Request,
     StatusRequest,
@@ -146,3 +147,27 @@ def test_an_orphan_takes_no_orders() -> None:
         assert error(facts, request) == "retiring"
     assert isinstance(admit(facts, StatusRequest(), "agent", NOW), Permit)
     assert error(FACTS, Unfence(who=""), "root") == "not_latched"
+
+
+def rejoin(term: int, order: int, primary: str = "n2") -> Rejoin:
+    return Rejoin(generation=Generation(term, order), primary=primary, system_identifier="1")
+
+
+def test_a_rejoin_is_an_order_like_a_follow_and_never_of_a_leader() -> None:
+    """I2: it destroys what only this node has."""
+    assert admit(FACTS, rejoin(3, 5), "agent", NOW) == NewOrder("rejoin", Generation(3, 5), "n2")
+    assert error(FACTS, rejoin(3, 4)) == "stale_generation"
+    assert error(ACTIVE, rejoin(3, 5)) == "active"
+    assert error(replace(FACTS, latched=True), rejoin(3, 5)) == "latched"
+    assert error(replace(FACTS, trusted=False), rejoin(3, 5)) == "untrusted_state"
+    for primary in ("n1", "n9"):
+        assert error(FACTS, rejoin(3, 5, primary)) == "bad_message"
+
+
+def test_what_a_rejoin_has_left_unfinished_is_not_activated() -> None:
+    """I2: it holds half of one history and half of another. It may be fenced, follow (in vain), and be rejoined."""
+    facts = replace(FACTS, unfinished=True)
+    assert error(facts, activate(3, 5)) == "unfinished"
+    g = Generation(3, 5)
+    for request in (rejoin(3, 5), Follow(generation=g, primary="n2"), Fence(generation=g, reason="")):
+        assert isinstance(admit(facts, request, "agent", NOW), NewOrder)

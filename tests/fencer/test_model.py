@@ -41,6 +41,7 @@ from harmony_fencer.protocol import (
     OperatorFence,
     OrderRecord,
     Refusal,
+    Rejoin,
     Renew,
     Renewed,
     Reply,
@@ -72,6 +73,8 @@ class Ticket:
     latched: bool  # when it was sent, and ever since
     alone: bool  # nothing else was under way
     healthy: bool  # nor was anything wrong with the disk, or with trust
+    leads: bool  # a lease was in force then
+    unfinished: bool  # and a rejoin was
     files: dict[str, bytes]
     began: int
     reply: Reply | None = None
@@ -280,7 +283,7 @@ class Bench:
         match r:
             case OperatorFence():
                 return order.op == "operator_fence"
-            case Activate() | Fence() | Follow():
+            case Activate() | Fence() | Follow() | Rejoin():
                 op = type(r).__name__.lower()
                 return (r.generation, op, getattr(r, "primary", None)) == (
                     order.generation,
@@ -310,6 +313,8 @@ class Bench:
             k.latched,
             alone=not self.pending,
             healthy=healthy,
+            leads=fencer.status().active is not None,
+            unfinished=self.world.unfinished,
             files=self.files(),
             began=self.engine.began,
         )
@@ -366,12 +371,16 @@ class Bench:
             k.latched = True
             if not k.untrusted and record.generation != Generation(k.highest.term, k.highest.order + 1):
                 bad.append("an operator's fence is numbered next")
-        elif not isinstance(r, Activate | Fence | Follow) or r.generation != record.generation:
+        elif not isinstance(r, Activate | Fence | Follow | Rejoin) or r.generation != record.generation:
             bad.append("another order's record")
-        if isinstance(r, Activate | Follow) and ticket.latched:
+        if isinstance(r, Activate | Follow | Rejoin) and ticket.latched:
             bad.append("accepted on a latched node")
-        if isinstance(r, Activate | Follow) and k.untrusted:
+        if isinstance(r, Activate | Follow | Rejoin) and k.untrusted:
             bad.append("accepted on an untrusted node")
+        if isinstance(r, Rejoin) and ticket.alone and ticket.leads:
+            bad.append("I2: a leader is rejoined")
+        if isinstance(r, Activate) and ticket.alone and ticket.unfinished:
+            bad.append("I2: what is unfinished is to lead")
         if isinstance(r, Activate) and r.deadline_boottime_ns <= ticket.sent_ns:
             bad.append("W9: accepted for a lease that is over")
         if left := [c.name for c in self.engine.calls if c.name != "mark"]:
@@ -384,7 +393,7 @@ class Bench:
         on_disk, why = states.load(self.top / "state")
         if status.trusted and (on_disk.order != record or on_disk.highest != record.generation or why):
             bad.append(f"I3: accepted before it was durable (on disk: {on_disk.order}{why})")
-        if not status.trusted and isinstance(r, Activate | Follow):
+        if not status.trusted and isinstance(r, Activate | Follow | Rejoin):
             bad.append("I3: accepted though it could not be made durable")
         if isinstance(r, Activate):
             k.deadline_ns = min(r.deadline_boottime_ns, now_ns + LEASE_NS)
@@ -408,7 +417,7 @@ class Bench:
     def _repeated(self, ticket: Ticket, record: OrderRecord) -> list[str]:
         k, r = self.known, ticket.request
         bad = []
-        if not isinstance(r, Activate | Fence | Follow) or r.generation != k.highest:
+        if not isinstance(r, Activate | Fence | Follow | Rejoin) or r.generation != k.highest:
             bad.append("I3: accepted below the highest")
         if (record.op, record.primary) != k.newest or record.generation != k.highest:
             bad.append(f"a repeat is answered with another's outcome, not {k.newest}")
@@ -435,13 +444,15 @@ class Bench:
         k, r = self.known, ticket.request
         if reply.error in {"storage_failed", "retiring"}:
             self.lost.append(r)
-            if isinstance(r, Activate | Follow):
+            if isinstance(r, Activate | Follow | Rejoin):
                 self.twice.add(r.generation)
         healthy = ticket.healthy and not self.disk.fail and not self.disk.hold
         if reply.error == "retiring" or not ticket.alone or not healthy:
             return []
         match r:
-            case Activate() | Fence() | Follow() if r == k.request and r.generation not in self.twice:
+            case Activate() | Fence() | Follow() | Rejoin() if (
+                r == k.request and r.generation not in self.twice
+            ):
                 return ["a repeat is answered with the outcome"]
             case OperatorFence():
                 return ["refused an operator's fence"]
@@ -449,7 +460,9 @@ class Bench:
                 return ["refused a newer fence"]
             case Follow() if r.generation > k.highest and not k.latched and r.primary != "n1":
                 return ["refused a newer follow"]
-            case Activate() if r.generation > k.highest and not k.latched:
+            case Rejoin() if r.generation > k.highest and not k.latched and not ticket.leads:
+                return ["refused a newer rejoin"]
+            case Activate() if r.generation > k.highest and not k.latched and not ticket.unfinished:
                 return ["refused a newer activate"] if r.deadline_boottime_ns > self.clock.now_ns() else []
             case Unfence() if k.latched:
                 return ["the latch was not lifted"]
@@ -492,6 +505,8 @@ class Bench:
         bad += self._outcome(status.order)
         if w.writes or (w.promoting and not w.frozen):
             bad += self._writes(fencer, now_ns)
+        if w.unfinished and (w.lives or not status.unfinished):
+            bad.append("I2: what a rejoin has left unfinished runs, or looks whole")
         if status.fence_proven and w.writes and not w.by_hand:
             bad.append("I6: a fence counts as proven, and PostgreSQL writes")
         if status.shutdown_lsn is not None and not status.fence_proven:
@@ -538,7 +553,7 @@ class Bench:
             if fencer is not None and self.world.by_hand and self.world.writes:
                 watched = self._serving.is_set()  # at start: after a second at most, the disk may hang
                 marking = any(c.name == "mark" for c in self.engine.calls)  # likewise
-                covered = fencer.busy or fencer.deadline_ns is not None or not watched or marking
+                covered = fencer.engaged or fencer.deadline_ns is not None or not watched or marking
                 self.stray_ns = 0 if covered else self.stray_ns + step
             else:
                 self.stray_ns = 0
@@ -594,6 +609,11 @@ def fence(b: Bench, term: int, order: int = 0, *, clean: bool = False) -> Ticket
 
 def follow(b: Bench, term: int, order: int = 0) -> Ticket:
     return b.ask(Follow(generation=Generation(term, order), primary="n2"))
+
+
+def rejoin(b: Bench, term: int, order: int = 0, *, clone: bool = False) -> Ticket:
+    g = Generation(term, order)
+    return b.ask(Rejoin(generation=g, primary="n2", system_identifier="7", clone=clone))
 
 
 def renew(b: Bench, g: Generation, ahead_ns: int = LEASE_NS) -> Ticket:
@@ -658,6 +678,12 @@ class Machine(RuleBasedStateMachine):
     @rule(kind=KINDS, primary=st.sampled_from(["n2", "n2", None, "n1"]))
     def follow(self, kind: str, primary: str | None) -> None:
         self.b.ask(Follow(generation=self.generation(kind), primary=primary))
+
+    @UP
+    @rule(kind=KINDS, clone=st.booleans())
+    def rejoin(self, kind: str, clone: bool) -> None:
+        g = self.generation(kind)
+        rejoin(self.b, g.term, g.order, clone=clone)
 
     @UP
     @rule(kind=st.sampled_from(["same", "same", "next", "older"]), ahead=AHEAD)
@@ -777,7 +803,7 @@ class Machine(RuleBasedStateMachine):
     def the_postmaster_dies(self, orphans: bool) -> None:
         self.happens(lambda: self.b.world.postmaster_dies(orphans=orphans))
 
-    @precondition(lambda self: not self.b.world.lives)
+    @precondition(lambda self: not (self.b.world.lives or self.b.world.unfinished))
     @rule()
     def started_by_hand(self) -> None:
         self.happens(lambda: self.b.world.launch(by_hand=True))
@@ -1223,3 +1249,79 @@ def test_a_fence_does_not_wait_behind_an_activate_that_hangs(bench: Bench) -> No
     bench.advance(FENCE_NS)
     assert state_of(ticket) == "running"
     assert not bench.world.writes
+
+
+# ---------------------------------------------------------------- rejoin
+
+
+def test_a_rejoin_that_was_interrupted_is_only_ended_by_another(bench: Bench) -> None:
+    """I2: what holds half of two histories neither leads nor runs, whoever dies and whatever is ordered."""
+    follow(bench, 1)
+    bench.let_all()
+    rejoin(bench, 2)
+    let_until(bench, "rewound")
+    bench.kill()
+    bench.start()
+    bench.let_all()
+    assert bench.fencer is not None
+    assert bench.fencer.status().unfinished
+    refused = activate(bench, 3).reply
+    assert isinstance(refused, Refusal)
+    assert refused.error == "unfinished"
+    follow(bench, 3)
+    bench.let_all()
+    order = bench.fencer.status().order
+    assert order is not None
+    assert (order.op, order.state) == ("follow", "failed")
+    rejoin(bench, 3, 1)
+    bench.let_all()
+    order = bench.fencer.status().order
+    assert order is not None
+    assert (order.op, order.state, bench.world.alive) == ("rejoin", "done", True)
+
+
+def test_an_activate_that_crosses_a_rejoin_leaves_nothing_writable(bench: Bench) -> None:
+    """I2: admitted before the directory steps aside, begun after it."""
+    rejoin(bench, 1)
+    let_until(bench, "aside")
+    bench.disk.hold = frozenset({"rename"})
+    activate(bench, 2)
+    bench.do(lambda: bench.engine.let(0))
+    assert bench.world.unfinished
+    bench.disk.hold = frozenset()
+    bench.do(bench.disk.release)
+    bench.let_all()
+    assert not bench.world.lives
+
+
+def test_what_could_write_is_stopped_before_a_rejoin_looks_around(bench: Bench) -> None:
+    """I1: a demotion that a rejoin preempts leaves a primary that writes."""
+    made_writable(bench)
+    fence(bench, 2, clean=True)
+    let_until(bench, "clean shutdown")
+    assert bench.world.writes
+    rejoin(bench, 3)
+    bench.let_all()
+    assert bench.world.alive
+    assert bench.world.recovery
+
+
+def test_a_stray_primary_is_fenced_while_a_copy_is_made(bench: Bench) -> None:
+    """I1: a copy takes hours, and the guard looks meanwhile: somebody starts the old directory and promotes it."""
+    rejoin(bench, 1, clone=True)
+    let_until(bench, "copied")
+    bench.do(lambda: bench.world.launch(by_hand=True))
+    bench.do(lambda: bench.world.promoted(by_hand=True))
+    assert bench.world.writes
+    bench.advance(STRAY_NS)
+    assert not bench.world.writes
+    bench.let_all()
+    assert not bench.world.lives
+
+
+def test_asked_to_stop_it_does_not_wait_for_a_copy(bench: Bench) -> None:
+    """O1."""
+    rejoin(bench, 1, clone=True)
+    let_until(bench, "copied")
+    bench.shut_down()
+    assert bench.stopped

@@ -128,3 +128,21 @@ class Checks:
                 f"{sorted(self.writing)}"
             )
         self.holds_all(next(iter(self.writing.values())))
+
+    # ------------------------------------------------------------ O5: everybody is back
+
+    def _apart(self) -> list[str]:
+        """Who does not stream from the primary, and could."""
+        names = set(self._world.hosts) - set(self.writing)
+        return sorted(n for n in names if not self._world.hosts[n].pg.streaming)
+
+    def all_back(self) -> bool:
+        return len(self.writing) == 1 and not self._apart()
+
+    def back_at_the_end(self) -> None:
+        """After the time for that."""
+        apart = [f"{n} ({self._world.hosts[n].view.why})" for n in self._apart()]
+        if len(self.writing) != 1 or apart:
+            raise Violation(
+                f"O5: {sorted(self.writing)} lead, and these are not back as standbys: {', '.join(apart)}"
+            )

@@ -6,6 +6,7 @@ A position on a branch stands for all before it.
 
 An acknowledged commit (synchronous) is one that `count` of the voters have flushed, as the primary learned while
 it still ran. It decides nothing and fences nothing: who starts, stops and promotes it is the fencer's model.
+Who has WAL that its primary does not have cannot stream until it is rejoined (rejoin.py).
 What a real PostgreSQL could also do and this one does not: lose what it has flushed, or stream from a standby.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Literal
+
+from tests.sim.checks import Violation
 
 if TYPE_CHECKING:
     from tests.sim.node import Host
@@ -58,7 +61,9 @@ class Postgres:
         self.voters: tuple[str, ...] = ()
         self.flushed: dict[str, int] = {}
         self.term = 0  # of the generation that made it writable
-        self.apart_ns = 0  # since when it cannot stream from whom it follows, having other WAL
+        self.unfinished = (
+            False  # a rewind is under way here, or was: it has neither its own data nor another's
+        )
 
     @property
     def gone(self) -> bool:
@@ -89,7 +94,7 @@ class Postgres:
         self.run += 1
         self.mode, self.following, self.signal = "standby", following, True
         self.halted = self.frozen = self.closing = False
-        self.apart_ns = 0
+        self.must_be_whole()
         self.host.world.checks.look(self.host)
 
     def die(self) -> None:
@@ -103,6 +108,7 @@ class Postgres:
 
     def promote(self, term: int, timeline: int) -> None:
         """It becomes writable."""
+        self.must_be_whole()
         if not self.host.world.rules.timelines_reserved:
             timeline = self.branch.timeline + 1
         self.branch = Branch(timeline, self.branch, self.end, self.host.name)
@@ -201,17 +207,7 @@ class Postgres:
         elif other.world.network.replicates(other.name, self.host.name):
             other.pg.receive(self, branch, end)
 
-    def rejoin(self, patience_ns: int) -> None:
-        """An operator clones anew what has other WAL than its primary, after some time."""
-        source = self.host.world.hosts.get(self.following or "")
-        if self.mode != "standby" or source is None or not source.pg.accepting or self.host.paused:
-            return
-        if reaches(source.pg.branch, source.pg.end, self.branch, self.end):
-            self.apart_ns = 0
-        elif not self.apart_ns:
-            self.apart_ns = self.host.world.now
-        elif self.host.world.now - self.apart_ns > patience_ns and self.host.world.network.replicates(
-            self.host.name, source.name
-        ):
-            self.branch, self.end, self.apart_ns = source.pg.branch, source.pg.end, 0
-            self.run += 1
+    def must_be_whole(self) -> None:
+        """I2: what holds half of two histories is never started, and never leads."""
+        if self.unfinished:
+            raise Violation(f"I2: {self.host.name} is started or promoted, and its data is half rewound")

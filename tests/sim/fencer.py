@@ -26,7 +26,9 @@ from harmony_fencer import lease as leases
 from harmony_fencer import protocol
 from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, admit
 from harmony_fencer.protocol import Generation, OrderRecord, OrderState, Refusal
+from tests.orders import request
 from tests.sim.ladder import Ladder, Then
+from tests.sim.rejoin import Rejoin
 
 if TYPE_CHECKING:
     from tests.sim.node import Host
@@ -158,6 +160,7 @@ class Fencer:
             system_identifier=self.host.system_identifier,
             latched="operator" if self.latched else None,
             shutdown_lsn=self.shutdown_lsn if proven else None,
+            unfinished=pg.unfinished,
         )
 
     # ------------------------------------------------------------ requests
@@ -173,14 +176,14 @@ class Fencer:
             newest=self.order,
             active=self.active,
             lease_deadline_ns=self.deadline_ns,
+            unfinished=self.host.pg.unfinished,
         )
 
     def renew(self, r: Renew) -> None:
         if not self.alive:
             return
         now = self.host.boot()
-        request = protocol.Renew(generation=Generation(*r.generation), deadline_boottime_ns=r.deadline_ns)
-        verdict = admit(self._facts(), request, "agent", now)
+        verdict = admit(self._facts(), request(r), "agent", now)
         if isinstance(verdict, Extend):
             clamped = leases.clamp(verdict.deadline_ns, now, self.t.lease_ns)
             self.deadline_ns = max(self.deadline_ns, clamped)
@@ -188,21 +191,7 @@ class Fencer:
 
     def ordered(self, o: Order) -> None:
         """The agent's order arrives."""
-        generation = Generation(*o.generation)
-        request: protocol.Request
-        if o.op == "activate":
-            rule = protocol.SyncRule(o.sync_count, o.sync_voters)
-            request = protocol.Activate(
-                generation=generation,
-                deadline_boottime_ns=o.deadline_ns,
-                sync=rule,
-                timeline=o.timeline,
-            )
-        elif o.op == "follow":
-            request = protocol.Follow(generation=generation, primary=o.primary)
-        else:
-            request = protocol.Fence(generation=generation, reason="", clean=o.clean)
-        self.asked(request, "agent")
+        self.asked(request(o), "agent")
 
     def asked(self, request: protocol.Request, peer: Peer) -> None:
         """One request; those that change something wait for each other."""
@@ -213,7 +202,7 @@ class Fencer:
             return
         verdict = admit(self._facts(), request, peer, self.host.boot())
         if isinstance(verdict, Refusal):
-            if isinstance(request, protocol.Activate | protocol.Fence | protocol.Follow):
+            if isinstance(request, protocol.Activate | protocol.Fence | protocol.Follow | protocol.Rejoin):
                 g = (request.generation.term, request.generation.order)
                 self.host.post(self.host.life, OrderRefused(g, verdict.error, verdict.detail))
         elif isinstance(verdict, NewOrder):
@@ -258,6 +247,9 @@ class Fencer:
         elif isinstance(request, protocol.Follow):
             self._drop_lease()
             self._follow(effect, record)
+        elif isinstance(request, protocol.Rejoin):
+            self._drop_lease()
+            Rejoin(self, effect, record, request).run()
         else:
             if not getattr(request, "clean", False):
                 self.host.pg_halt()
@@ -322,12 +314,17 @@ class Fencer:
         if self.kept_highest == record.generation:
             self.kept_order = record
             self.kept_following = self.following = (
-                record.primary if record.op == "follow" and state == "done" else None
+                record.primary if record.op in {"follow", "rejoin"} and state == "done" else None
             )
         self.order = record
         self.bell()
 
-    def _stop(self, effect: int, clean_until_ns: int, then: Then) -> None:
+    def ended(self, record: OrderRecord, state: OrderState, detail: str = "") -> None:
+        """The effect of an order is over."""
+        self.busy = False
+        self._finish(record, state, detail)
+
+    def stop(self, effect: int, clean_until_ns: int, then: Then) -> None:
         """The ladder. `then(proven, shutdown_lsn)` when it has an outcome."""
         host, pg = self.host, self.host.pg
         self.may_write = self.could_write
@@ -356,7 +353,7 @@ class Fencer:
             else:
                 self._until_proven(effect, 0)
 
-        self._stop(effect, clean_until_ns, then)
+        self.stop(effect, clean_until_ns, then)
 
     def _activate(self, effect: int, record: OrderRecord, request: protocol.Activate) -> None:
         host, pg, life, sync = self.host, self.host.pg, self.life, request.sync
@@ -370,6 +367,9 @@ class Fencer:
 
         def configured() -> None:
             if not self.current(life, effect):
+                return
+            if pg.unfinished:
+                failed("only a rejoin starts PostgreSQL here")
                 return
             self.may_write = True
             if pg.gone:
@@ -419,7 +419,7 @@ class Fencer:
             self._finish(record, "done")
 
         if pg.halted:
-            self._stop(effect, 0, lambda ok, _: configured() if ok else failed("could not be stopped first"))
+            self.stop(effect, 0, lambda ok, _: configured() if ok else failed("could not be stopped first"))
         else:
             host.later(self.while_(0.1), configured)
 
@@ -440,18 +440,18 @@ class Fencer:
         def go() -> None:
             if not self.current(life, effect):
                 return
-            if host.pg_fails:
+            if host.pg_fails or pg.unfinished:
                 failed("PostgreSQL does not start")
                 return
             if pg.gone:
                 pg.start(record.primary)
             else:
-                pg.following, pg.apart_ns = record.primary, 0
+                pg.following = record.primary
             self.busy = False
             self._finish(record, "done")
 
         if pg.halted or (not pg.gone and self.could_write):
-            self._stop(effect, self.clean_until_ns, stopped)
+            self.stop(effect, self.clean_until_ns, stopped)
         else:
             host.later(self.while_(0.6 if pg.gone else 0.1), go)
 
@@ -484,4 +484,4 @@ class Fencer:
                 self.bell()
                 self.host.later(10**8, again)
 
-        self._stop(effect, clean_until_ns, then)
+        self.stop(effect, clean_until_ns, then)

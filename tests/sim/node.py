@@ -41,7 +41,7 @@ from harmony.core.observe import FENCE_PAUSE_NS, ORDER_LOST_NS, ORDER_PAUSE_NS
 from harmony.core.register import Register
 from harmony.core.timing import NS
 from harmony.core.view import Identity, View, distrust
-from harmony.records import CONTROL, MEMBER_PREFIX
+from harmony.records import CONTROL, MEMBER_PREFIX, Member
 from harmony_fencer import protocol
 from tests.sim.checks import Violation
 from tests.sim.database import Branch, Postgres
@@ -352,6 +352,7 @@ class Host:
         ):
             commands = self._dated_from_now(commands, now)
         for c in commands:
+            self._must_look_it(c)
             self._carry_out(c)
         if self.running:
             due = self._due(self.view, now)
@@ -436,6 +437,13 @@ class Host:
                     raise Violation(f"{self.name} ends for good, without a reason: {why}")
                 world.say(f"{self.name} agent ends for good: {why}")
                 self.end_agent()
+
+    def _must_look_it(self, command: Command) -> None:
+        """Never a zombie that looks healthy: who is unfinished says so from the next turn on."""
+        if not (self.pg.unfinished and self.fencer.alive and isinstance(command, Write)):
+            return
+        if isinstance(command.record, Member) and command.record.db != "down":
+            raise Violation(f"I2: {self.name} is half rewound, and tells of a {command.record.db}")
 
     def _keep(self, marks: Marks) -> None:
         self.kept = marks

@@ -14,6 +14,7 @@ import math
 import random
 from dataclasses import dataclass
 
+from harmony.core.rejoin import MOST_PAUSE_NS, REJOIN_PATIENCE
 from harmony.core.timing import NS, PRESETS, Timing
 from harmony.core.view import Policy
 
@@ -46,6 +47,13 @@ class Setting:
         t = self.timing
         flap = 16 * t.success_threshold * (t.interval_ns + t.timeout_ns)
         return 8 * t.failover_ns + 20 * self.unit_ns + flap + 30 * NS
+
+    @property
+    def back_ns(self) -> int:
+        """How long after that every other node must stream from it: the longest pause between rejoins, and some of
+        them that are ended by a change of leadership, or do not help."""
+        patience = 2 * REJOIN_PATIENCE * self.policy.rejoin_after_ns
+        return 3 * (MOST_PAUSE_NS + patience + 40 * self.unit_ns) + 4 * self.timing.failover_ns
 
 
 def log_uniform(r: random.Random, low: float, high: float) -> float:
@@ -92,6 +100,7 @@ def draw(seed: int, drift: float | None = None) -> Setting:
         maximum_changes=r.choice((0, 0, 0, 4, 12)),
         changes_window_s=timing.failover_timeout_s * r.uniform(10, 100),
         flap_window_s=timing.failover_timeout_s * r.uniform(2, 20),
+        rejoin_after_s=timing.failover_timeout_s * random.Random(f"rejoin {seed}").uniform(0.2, 2),
     )
     most = DRIFT_SHARE * timing.safety_margin_s / (2 * timing.failover_timeout_s)
     latency = min(timing.heartbeat_timeout_s / 12, log_uniform(r, 0.001, 0.5) * max(1.0, interval_s))

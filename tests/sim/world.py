@@ -64,6 +64,7 @@ class World:
         self.trace: list[str] = []
         self.rows: dict[int, int] = {}
         self.wishes = 0
+        self.rejoins = 0  # done
         self.rolled = False  # the store has lost history
         self.checks = Checks(self)
         names = self.setting.names
@@ -93,6 +94,10 @@ class World:
         self.at(s.faults_ns, self._heal)
         self._go(s.faults_ns + s.calm_ns)
         self.checks.at_the_end()
+        end_ns = self.now + s.back_ns
+        while not self.checks.all_back() and self.now < end_ns:
+            self._on(self.now + s.timing.failover_ns)
+        self.checks.back_at_the_end()
 
     def script(self, end_s: float) -> None:
         """The faults alone, until then."""
@@ -104,6 +109,9 @@ class World:
         for host in self.hosts.values():
             host.switch_on()
         self.at(self.setting.timing.interval_ns, self._client)
+        self._on(end_ns)
+
+    def _on(self, end_ns: int) -> None:
         queue = self._queue
         while queue and queue[0][0] <= end_ns:
             self.now, _, do = heapq.heappop(queue)
@@ -118,14 +126,11 @@ class World:
     # ------------------------------------------------------------ clients and operators
 
     def _client(self) -> None:
-        """Clients write wherever they can, and operators clone anew what cannot stream."""
+        """Clients write wherever they can."""
         self.at(int(self.setting.timing.interval_ns * (0.2 + self._clients.random())), self._client)
-        patience_ns = 2 * self.setting.timing.failover_ns
         for host in self.hosts.values():
             if host.pg.mode == "primary":
                 host.pg.write()
-            elif host.pg.mode == "standby":
-                host.pg.rejoin(patience_ns)
 
     def acknowledge(self) -> None:
         """The changes of leadership so far have been looked into."""

@@ -1,0 +1,72 @@
+"""What a rejoin does with directories: their names exchanged, moved, and a node's own files found in them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+
+from harmony_fencer import durable
+from harmony_fencer.durable import read_small
+
+_EXCHANGE, _HERE = 2, -100  # renameat2(2): RENAME_EXCHANGE, AT_FDCWD
+_KEPT = re.compile(r".*\.(conf|crt|key|pem|crl)\Z")
+KEPT_BYTES = 1_000_000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def own_files(data: Path) -> list[tuple[str, bytes]]:
+    """This node's configuration and keys, which pg_rewind and a copy would replace by the primary's."""
+    found = []
+    for entry in os.scandir(data):
+        if _KEPT.match(entry.name) and entry.is_file(follow_symlinks=False):
+            found.append((entry.name, read_small(data / entry.name, KEPT_BYTES)))
+    return found
+
+
+def there(path: Path) -> bool:
+    """Also a symlink that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def is_mount(path: Path) -> bool:
+    """Whether it cannot be renamed for that."""
+    return path.is_mount()
+
+
+def unlink(path: Path) -> None:
+    """Raises OSError."""
+    path.unlink(missing_ok=True)
+
+
+def move(place: Path, target: Path) -> None:
+    """Rename, durably. Raises OSError."""
+    place.rename(target)
+    durable.REAL.sync_folder(target.parent)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Swap two names at once. Raises OSError."""
+    if _libc.renameat2(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        hint = ""
+        if number in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            hint = ": this file system cannot exchange two directories (ext4, xfs, btrfs, zfs 2.2 can)"
+        raise OSError(number, f"{os.strerror(number)}{hint}", f"{a} <-> {b}")
+    durable.REAL.sync_folder(a.parent)
+
+
+def size(place: Path) -> int:
+    """Bytes of the files below; what vanishes meanwhile is not counted."""
+    total = 0
+    for at, _folders, names in os.walk(place):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(at, name))  # noqa: PTH118 (many files)
+            except OSError:
+                continue
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total

@@ -1,0 +1,73 @@
+"""What PostgreSQL's programs and its log say, sorted by what would help: a copy, or somebody's hand.
+
+Matched on the English texts (the programs run under LC_ALL=C; the server's lc_messages is the user's). What is not
+recognised counts as a reason for a copy, which is never wrong, only dear.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harmony_fencer.durable import read_small
+from harmony_fencer.programs import LOG
+
+NOT_STOPPED = "must be shut down cleanly"  # the last thing that pg_rewind checks: all else was right
+FOREIGN = "different systems"
+NO_ROOM = "No space left"
+SOURCE_FAILS = (
+    "could not connect",
+    "connection to server",
+    "server closed the connection",
+    "timeout expired",
+)
+NOT_THE_DATA = (  # why PostgreSQL does not start here, and a copy would not either
+    "configuration file",
+    "configuration parameter",
+    "invalid value for parameter",
+    "insufficient parameter settings",
+    "could not bind",
+    "could not create any TCP/IP sockets",
+    "lock file",
+    "Permission denied",
+    "shared memory",
+)
+NOT_LET_IN = {  # why the primary does not let its WAL be streamed, and what to do there
+    "replication slot": "create the slot on the primary, or take primary_slot_name out of postgresql.conf",
+    "password authentication failed": "correct replication.passfile, or the role's password",
+    "no password supplied": "put the role's password into replication.passfile",
+    "no pg_hba.conf entry": "let the role in for replication in the primary's pg_hba.conf",
+    "replication role": "ALTER ROLE ... REPLICATION on the primary",
+    "does not exist": "create the role on the primary",
+    "is not permitted to log in": "ALTER ROLE ... LOGIN on the primary",
+    "max_wal_senders": "raise max_wal_senders on the primary",
+    "identifier differs": "it is another cluster's primary: correct [members]",
+}
+_TAIL = 16_000
+
+
+def hopeless(text: str) -> bool:
+    """Whether a copy would fail like the rewind, or be of the wrong cluster."""
+    return any(word in text for word in (NO_ROOM, FOREIGN, *SOURCE_FAILS, *NOT_THE_DATA))
+
+
+def with_advice(text: str) -> str:
+    """And what to do, where it is known."""
+    found = [todo for word, todo in NOT_LET_IN.items() if word in text]
+    return f"{text}: {found[0]}" if found else text
+
+
+def not_let_in(data: Path) -> str:
+    """Why the WAL receiver of what runs in `data` is turned away, by the newest line of its log that tells; ""."""
+    try:
+        lines = read_small(data / LOG, _TAIL, tail=True).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        if "streaming WAL" in line or "WAL streaming at" in line or "starting PostgreSQL" in line:
+            return ""
+        if "FATAL: " in line and (
+            "WAL stream" in line or "connect to the primary" in line or "identifier" in line
+        ):
+            said = line.partition("FATAL: ")[2].strip()[-300:]
+            return with_advice(said) if with_advice(said) != said else ""
+    return ""
