@@ -122,18 +122,22 @@ def plot(results: Results, to: Path) -> None:
     rows = grouped(results)
     scenarios = list(dict.fromkeys(row[0] for row in rows))
     series = list(dict.fromkeys(row[1:] for row in rows))
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.35 * len(scenarios) * len(series)))
-    height = 0.8 / len(series)
-    for place, one in enumerate(series):
-        color = f"C{place}"
-        for at, scenario in enumerate(scenarios):
-            outages = _outages(rows.get((scenario, *one), []))
-            y = at + (place - (len(series) - 1) / 2) * height
-            if outages:
-                axes.barh(y, statistics.median(outages), height * 0.9, color=color, alpha=0.5)
-                axes.plot(outages, [y] * len(outages), ".", color=color)
-        axes.barh([0], [0], color=color, alpha=0.5, label=", ".join(one))
-    axes.set_yticks(range(len(scenarios)), scenarios)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(rows)))
+    ticks, y, seen = [], 0.0, set[tuple[str, ...]]()
+    for scenario in scenarios:
+        there = [one for one in series if (scenario, *one) in rows]
+        ticks.append(y + (len(there) - 1) / 2)
+        for one in there:
+            color = f"C{series.index(one)}"
+            outages = _outages(rows[(scenario, *one)])
+            label = None if one in seen else ", ".join(one)
+            axes.barh(y, statistics.median(outages or [0.0]), 0.9, color=color, alpha=0.5, label=label)
+            axes.plot(outages, [y] * len(outages), ".", color=color)
+            seen.add(one)
+            y += 1
+        y += 0.6
+    axes.set_yticks(ticks, scenarios)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("the client could not write, s")
     axes.legend()
