@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-fence bench-load fuzz test-vm sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load fuzz test-vm sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -34,6 +34,28 @@ check: $(STAMP)
 RUNS ?= 5
 bench: $(STAMP)
 	$(BIN)/python bench/demo.py --runs $(RUNS) --preset $(PRESET)
+
+# Harmony beside Patroni, both on the same hosts (namespaces on a switch): needs root; see docs/failover.md.
+# make bench-failover PEER=patroni RUNS=1 FAILOVER='--scenario host-lost --sync off'
+PEER ?= both
+PATRONI ?= 4.1.5
+FAILOVER ?=
+PEERS := build/bench/patroni/.installed build/bench/etcd/.installed
+bench-failover: $(STAMP) $(if $(filter harmony,$(PEER)),,$(PEERS))
+	$(BIN)/python -m bench.failover --peer $(PEER) --runs $(RUNS) --preset $(PRESET) $(FAILOVER)
+
+# Of a Python that PostgreSQL's user may run.
+build/bench/patroni/.installed:
+	$(firstword $(wildcard /usr/bin/python3) $(PYTHON)) -m venv build/bench/patroni
+	build/bench/patroni/bin/pip install --quiet --disable-pip-version-check 'patroni[etcd3,psycopg3]==$(PATRONI)' 'psycopg[binary]'
+	@touch $@
+
+# Unpacked, not installed: Debian's package would start a server of its own on this machine.
+build/bench/etcd/.installed:
+	@mkdir -p build/bench/etcd
+	@command -v etcd >/dev/null || { cd build/bench/etcd && apt-get download etcd-server && dpkg -x etcd-server_*.deb .; } || \
+		{ echo "no etcd: neither on the PATH nor from apt (apt-get update; apt-get install etcd-server)" >&2; exit 1; }
+	@touch $@
 
 # How fast writes end, for each way of stopping PostgreSQL (about 20 minutes for 5).
 bench-fence: $(STAMP)

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -278,14 +279,13 @@ def main() -> None:
         jobs: list[tuple[str, Callable[[int], Sample], bool]] = []
         for way in WAYS:
             if has_cgroup or "cgroup" not in way:
-                jobs.append((way, lambda n, way=way: measure_way(template, way, n), False))  # type: ignore[misc]
+                jobs.append((way, partial(measure_way, template, way), False))
         for what in ("lease", "order"):
             for own in (True, False):
                 if own and not has_cgroup:
                     continue
                 name = f"fencer, {what}, {'cgroup' if own else 'process tree'}"
-                run = lambda n, what=what, own=own: measure_fencer(template, what, n, own)  # noqa: E731
-                jobs.append((name, run, True))  # type: ignore[arg-type]
+                jobs.append((name, partial(measure_fencer, template, what, own_cgroup=own), True))
         for name, run, promised in jobs:
             if options.only not in name:
                 continue

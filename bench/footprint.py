@@ -101,8 +101,9 @@ postgresql:
   parameters: {{unix_socket_directories: {top}}}
 """
     )
-    user = ["setpriv", "--reuid", parts.users.postgres, "--regid", parts.users.postgres, "--init-groups"]
-    prefix = user if parts.users.postgres else []
+    owner = parts.users.postgres or ""
+    user = ["setpriv", "--reuid", owner, "--regid", owner, "--init-groups"]
+    prefix = user if owner else []
     started = []
     with (top / "log").open("ab") as log:
         env = environment(parts.postgres.library_dir)

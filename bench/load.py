@@ -169,6 +169,10 @@ def needed_fence(cluster: Cluster, watch: Watch) -> float:
     raise SystemExit("the cluster did not come back to three nodes within 90 s")
 
 
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,7 +188,6 @@ def main() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -15)
     base = make_base()
     cluster = Cluster.prepare(options.preset, base)
-    say = lambda text: sys.stderr.write(f"{text}\n")  # noqa: E731
     late: list[float] = []
     try:
         cluster.start(say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bench.ha import report
 from bench.mutate import RULES
 from harmony.core.render import markdown
 from harmony.core.table import TABLE
@@ -40,6 +41,15 @@ def test_the_protocols_links_lead_somewhere() -> None:
     text = (DOCS / "protocol.md").read_text()
     headings = {h.lower().replace(" ", "-").replace(",", "") for h in re.findall(r"(?m)^#+ (.+)$", text)}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_the_failover_benchs_results_are_documented(rewrite: bool) -> None:
+    """docs/failover.md shows what is in docs/failover.json, as it was measured."""
+    path = DOCS / "failover.md"
+    results = report.load(DOCS / "failover.json")
+    if rewrite:
+        path.write_text(report.rendered(path.read_text(), results))
+    assert path.read_text() == report.rendered(path.read_text(), results)
 
 
 def test_each_broken_rule_has_its_line() -> None:

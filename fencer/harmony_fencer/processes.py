@@ -266,14 +266,18 @@ class Pinned:
         self._sessions: set[int] = set()  # of backends and workers: each leads one of its own
 
     def catch(self, data: Data, pids: Iterable[int]) -> list[int]:
-        """Pin those of `pids` that belong to the data directory, and their descendants; the new ones."""
+        """Pin those of `pids` that belong to the data directory, and their descendants; the new ones.
+
+        A zombie is pinned, for its session, but new to nobody: it is let go of at once, as it has ended, and would
+        be new in each look until its parent reaps it. A frozen postmaster does not, and PID 1 may take seconds.
+        """
         wanted, master = identity(data), pid_file(data)
         self._forget_ended()
         new: list[int] = []
         waiting = [(pid, 0) for pid in pids]
         while waiting:
             pid, parent = waiting.pop(0)
-            if pid not in self._fds and self._pin(pid, parent, wanted):
+            if pid not in self._fds and self._pin(pid, parent, wanted) and _alive(pid):
                 new.append(pid)
             if pid in self._fds:
                 waiting += [(child, pid) for child in children(pid)]
@@ -284,7 +288,7 @@ class Pinned:
     def catch_left_behind(self, data: Data) -> list[int]:
         """Pin what helpers of pinned processes left in the background; the new ones."""
         found = [p for p in in_sessions(self._sessions, data) if p not in self._fds]
-        new = [pid for pid in found if self._pin(pid, 0, None, self._sessions)]
+        new = [pid for pid in found if self._pin(pid, 0, None, self._sessions) and _alive(pid)]
         return new + self.catch(data, new)
 
     def adopt(self, pid: int) -> bool:

@@ -36,7 +36,7 @@ NODES = ("n1", "n2", "n3")
 START_TIMEOUT_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
 _reply: msgspec.json.Decoder[StatusReply] = msgspec.json.Decoder(StatusReply)
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 def free_ports(count: int) -> list[int]:

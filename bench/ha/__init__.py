@@ -1,0 +1,1 @@
+"""The failover bench: peers (Harmony, Patroni), scenarios, clients and what is computed from the clients' records."""
