@@ -66,6 +66,8 @@ RULES = [
      "o is not None and f is not None", "tests/core"),
     ("orders: sent again under their number", f"{CORE}/node.py",
      "        return o.generation\n    return (term, order + 1)", "        pass\n    return (term, order + 1)", "tests/core"),
+    ("store: founding with the data that was accepted", f"{CORE}/observe.py", "f.system_identifier == v.may_found",
+     "True", "tests/core/test_distrust.py"),
     ("timelines: each promotion its own", f"{CORE}/node.py", "v = replace(v, reserved=0)  # for this", "pass  # for this",
      "tests/core"),
     ("timelines: never one that was reserved", f"{CORE}/view.py", "known += [c.reserved, c.timeline]",

@@ -197,9 +197,7 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             if intent == "vacate":
                 return replace(v, lease_until_ns=0, failures=0, successor=None)
             if intent in {"claim", "create"}:
-                v = replace(
-                    v, lost=False, postgres_failed=False, may_found=False, successor=None, refused=None
-                )
+                v = replace(v, lost=False, postgres_failed=False, may_found="", successor=None, refused=None)
             return replace(
                 v,
                 lease_until_ns=max(v.lease_until_ns, sent_ns + t.lease_ns),
@@ -318,7 +316,9 @@ def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
 
     So does who is promoting: its claim may be among what the store has lost, and another may found meanwhile.
     """
-    v = replace(v, distrust="", went_back_ns=0, own_back_ns=0, may_found=e.create, kept=None)
+    here = v.fencer.system_identifier if v.fencer is not None else None
+    may_found = here or "" if e.create else ""
+    v = replace(v, distrust="", went_back_ns=0, own_back_ns=0, may_found=may_found, kept=None)
     if v.state in WRITABLE_STATES and is_leading(v, me) and now_ns < v.lease_until_ns:
         return marked(replace(v, marks=Marks(lineage=v.lineage), own=Register()))
     return replace(

@@ -325,7 +325,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         eligible_why=verdict.why,
         foreign=_foreign(v, me),
         distrust=distrust(v),
-        may_found=v.may_found,
+        may_found=f is not None and v.may_found != "" and f.system_identifier == v.may_found,
         wanted=to,
         wanted_why=why_not,
         named=v.successor,

@@ -157,7 +157,7 @@ class View(msgspec.Struct, frozen=True):
     own_back_ns: int = 0  # since when our own record is an older one than was acknowledged; 0: it is not
     went_back_ns: int = 0  # since when reads have shown less than the marks; 0: they do not
     distrust: str = ""  # for good, until an operator accepts
-    may_found: bool = False  # an operator lets this node found the cluster anew in an empty store
+    may_found: str = ""  # the system identifier with which an operator lets this node found the cluster anew
     # the world on this host
     fencer: FencerView | None = None
     fencer_silent: str = "not asked yet"

@@ -376,3 +376,15 @@ def test_a_hand_over_is_no_change_and_is_never_stopped() -> None:
     taken = replica(Policy(maximum_changes=3), vacancy, 1)
     assert taken
     assert taken[0].changes == CHANGED
+
+
+def test_a_founder_founds_with_the_data_that_the_operator_looked_at() -> None:
+    """I2: found by simulation (seed 30959): a foreign data directory was put in its place meanwhile."""
+    v, _ = step(initial(ME), [fencer(), StoreSeen("L", ""), seen(None, 0)], ME, FAST, T0)
+    v, _ = step(v, [Accepted(create=True)], ME, FAST, T0 + 1)
+    here = [fencer(), seen(None, 0)]
+    v, _ = step(v, here, ME, FAST, T0 + 2)
+    assert observe(v, ME, FAST, T0 + 3).may_found
+    v, commands = step(v, [fencer(system_identifier="foreign"), seen(None, 0)], ME, FAST, T0 + 3)
+    assert not observe(v, ME, FAST, T0 + 3).may_found
+    assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
