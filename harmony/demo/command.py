@@ -63,7 +63,7 @@ def summary(result: Result) -> str:
         "All as promised." if result.ok else f"NOT as promised: {result.why}.",
     ]
     if result.old_primary_back_s is not None:
-        back = f"{result.old_primary_back_s:.1f} s after the fault"
+        back = f"{result.old_primary_back_s:.1f} s after the end of the fault"
         lines.insert(-1, f"{result.old_primary} was back as a streaming standby {back}.")
     return "\n".join(lines)
 
