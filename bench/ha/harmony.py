@@ -18,8 +18,8 @@ from harmony.core.timing import PRESETS
 from harmony.demo.parts import Parts, run_as, version_of
 from tests.hosts.harmony_host import wheel
 from tests.hosts.host import HostError
-from tests.hosts.lab import TOP, Lab, Light
-from tests.hosts.processes import Process
+from tests.hosts.lab import Lab, Light
+from tests.hosts.processes import TOP, Process
 
 HOME = TOP / "build" / "bench"
 AGENT_USER = "nobody"

@@ -15,8 +15,8 @@ from pathlib import Path
 from bench.ha.peer import DATABASES, PORT, SUPERUSER, Options, make_databases, own, stores
 from harmony.demo.parts import Parts, version_of
 from tests.hosts.host import HostError
-from tests.hosts.lab import TOP, Lab, Light
-from tests.hosts.processes import Process
+from tests.hosts.lab import Lab, Light
+from tests.hosts.processes import TOP, Process
 
 VENV = "HARMONY_BENCH_PATRONI"  # a virtual environment with Patroni in it
 REST = 8008

@@ -66,7 +66,32 @@ def why_not() -> str | None:
     return None
 
 
-class Host:
+class Caged:
+    """What any host can do whose processes are all in one cgroup, `cgroup`."""
+
+    name: str
+    cgroup: Path
+
+    def freeze(self) -> None:
+        """The whole host stands still, as a paused virtual machine does; clocks go on."""
+        self._freeze(True)
+
+    def thaw(self) -> None:
+        """And goes on."""
+        self._freeze(False)
+
+    def _freeze(self, frozen: bool) -> None:
+        cgroups.freeze(self.cgroup, frozen)
+        if not cgroups.wait(self.cgroup, "frozen", "1" if frozen else "0", 10):
+            raise HostError(f"{self.name} could not be {'frozen' if frozen else 'thawed'}")
+
+    def _end_everything(self) -> None:
+        cgroups.kill(self.cgroup)
+        if not cgroups.wait(self.cgroup, "populated", "0", 20):
+            raise HostError(f"{self.name}: {cgroups.pids(self.cgroup)} outlive a power cut")
+
+
+class Host(Caged):
     """One host. Entering it boots it, leaving it destroys it. With Harmony on it: harmony_host.HarmonyHost.
 
     `netns` is a network namespace that the host joins, by name (in /run/netns) or path; without one it has a loopback.
@@ -224,27 +249,12 @@ class Host:
 
     def power_cut(self) -> None:
         """Everything stops at once, without a word; the disk stays as it is. `boot` follows."""
-        cgroups.kill(self.cgroup)
-        if not cgroups.wait(self.cgroup, "populated", "0", 20):
-            raise HostError(f"{self.name}: {cgroups.pids(self.cgroup)} outlive a power cut")
+        self._end_everything()
         self._switched_off()
 
     def _switched_off(self) -> None:
         self._leader = None
         cgroups.freeze(self.cgroup, False)
-
-    def freeze(self) -> None:
-        """The whole host stands still, as a paused virtual machine does; clocks go on."""
-        self._freeze(True)
-
-    def thaw(self) -> None:
-        """And goes on."""
-        self._freeze(False)
-
-    def _freeze(self, frozen: bool) -> None:
-        cgroups.freeze(self.cgroup, frozen)
-        if not cgroups.wait(self.cgroup, "frozen", "1" if frozen else "0", 10):
-            raise HostError(f"{self.name} could not be {'frozen' if frozen else 'thawed'}")
 
     def destroy(self) -> None:
         """Remove it: processes, cgroup, mounts, disk. May be called twice."""

@@ -31,11 +31,10 @@ from typing import Self, TypeVar
 import msgspec
 
 from tests.hosts import cgroups, processes
-from tests.hosts.host import PATH, HostError
-from tests.hosts.processes import Process
+from tests.hosts.host import PATH, Caged, HostError
+from tests.hosts.processes import TOP, Process
 from tests.hosts.relay import Way
 
-TOP = Path(__file__).parents[2]
 NETWORK = "10.77.0"
 READY_TIMEOUT_S = 20.0
 RUN_TIMEOUT_S = 60.0
@@ -69,7 +68,7 @@ def why_not() -> str | None:
     return None
 
 
-class Light:
+class Light(Caged):
     """One host of a lab: switched on from the start, with nothing running."""
 
     def __init__(self, lab: Lab, name: str, address: str, holder: int) -> None:
@@ -173,28 +172,13 @@ class Light:
     def power_cut(self) -> None:
         """Everything stops at once and sends nothing more; the disk stays as it is. `power_on` follows."""
         self.cut()
-        cgroups.kill(self.cgroup)
-        if not cgroups.wait(self.cgroup, "populated", "0", 20):
-            raise HostError(f"{self.name}: {cgroups.pids(self.cgroup)} outlive a power cut")
+        self._end_everything()
 
     def power_on(self) -> None:
         """On the network again, with nothing running yet."""
         cgroups.freeze(self.cgroup, False)
         cgroups.remove_below(self.cgroup)
         self.heal()
-
-    def freeze(self) -> None:
-        """The whole host stands still, as a paused virtual machine does; clocks go on."""
-        self._freeze(True)
-
-    def thaw(self) -> None:
-        """And goes on."""
-        self._freeze(False)
-
-    def _freeze(self, frozen: bool) -> None:
-        cgroups.freeze(self.cgroup, frozen)
-        if not cgroups.wait(self.cgroup, "frozen", "1" if frozen else "0", 10):
-            raise HostError(f"{self.name} could not be {'frozen' if frozen else 'thawed'}")
 
     # ------------------------------------------------------------ cable and disk
 

@@ -1,4 +1,4 @@
-"""Finds the processes of a test host, by name, in its cgroup; it looks nowhere else.
+"""Finds the processes of a test host, by name, in its cgroup; it looks nowhere else. And kills an owner of hosts.
 
 A process goes by its program's name, or by that of the script or module that Python runs: `postgres`,
 `harmony-supervisor`, `harmony_fencer`, `harmony.agent`.
@@ -7,10 +7,17 @@ A process goes by its program's name, or by that of the script or module that Py
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hosts import cgroups
+
+TOP = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -52,3 +59,22 @@ def _names(argv: tuple[str, ...]) -> set[str]:
         script = next((argument for argument in argv[1:] if not argument.startswith("-")), "")
         return {program, Path(script).name}
     return {program}
+
+
+@contextlib.contextmanager
+def killed_owner(script: str) -> Iterator[list[str]]:
+    """Run a program that prints its keeper's pid and more words, and waits; yields them; kills it on leaving.
+
+    Returns when the keeper has ended. Raises AssertionError when it has not within 30 s.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
+    ) as child:
+        assert child.stdout is not None
+        keeper, *words = child.stdout.readline().split()
+        watched = os.pidfd_open(int(keeper))
+        yield words
+        child.kill()
+    gone, _, _ = select.select([watched], [], [], 30)
+    os.close(watched)
+    assert gone, "the keeper is still there"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +13,9 @@ from tests.hosts import cgroups
 from tests.hosts.conftest import NewHost
 from tests.hosts.harmony_host import HarmonyHost
 from tests.hosts.host import Host, HostError
+from tests.hosts.processes import killed_owner
 
 pytestmark = pytest.mark.real
-TOP = Path(__file__).parents[2]
 
 
 def boot_id(host: Host) -> str:
@@ -181,17 +178,8 @@ def test_a_killed_test_process_leaves_nothing(able: None) -> None:
         "host = Host('orphan'); host.boot(); host.freeze()\n"
         "print(host._keeper.pid, host.cgroup, host._base, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
-    ) as child:
-        assert child.stdout is not None
-        keeper, cgroup, base = child.stdout.readline().split()
-        watched = os.pidfd_open(int(keeper))
+    with killed_owner(script) as (cgroup, base):
         assert len(cgroups.pids(Path(cgroup))) > 3
-        child.kill()
-    gone, _, _ = select.select([watched], [], [], 30)
-    os.close(watched)
-    assert gone, "the keeper is still there"
     assert not Path(cgroup).exists()
     assert not Path(base).exists()
     assert base not in Path("/proc/mounts").read_text()

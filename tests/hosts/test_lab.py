@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 import subprocess
 import sys
@@ -15,7 +13,8 @@ import pytest
 
 from tests.hosts import cgroups
 from tests.hosts.host import HostError, wait_until
-from tests.hosts.lab import TOP, Lab, Light, why_not
+from tests.hosts.lab import Lab, Light, why_not
+from tests.hosts.processes import killed_owner
 from tests.hosts.relay import Way
 
 pytestmark = pytest.mark.real
@@ -122,17 +121,8 @@ def test_a_killed_owner_leaves_nothing(lab: Lab) -> None:
         "x.freeze_disk(True); x.start(['touch', f'{x.folder}/disk/file'], x.folder / 'log'); time.sleep(0.3)\n"
         "print(lab._keeper.pid, lab.cgroup, lab.base, x.holder, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP
-    ) as child:
-        assert child.stdout is not None
-        keeper, cgroup, base, holder = child.stdout.readline().split()
-        watched = os.pidfd_open(int(keeper))
+    with killed_owner(script) as (cgroup, base, holder):
         assert len(cgroups.pids(Path(cgroup))) == 2
-        child.kill()
-    gone, _, _ = select.select([watched], [], [], 30)
-    os.close(watched)
-    assert gone, "the keeper is still there"
     assert not Path(cgroup).exists()
     assert not Path(base).exists()
     assert not Path(f"/proc/{holder}").exists()
