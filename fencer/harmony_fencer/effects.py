@@ -52,6 +52,11 @@ class Effects:
         self._scope, self._ended = trio.CancelScope(), trio.Event()
         self._nursery.start_soon(self._carry_out, effect, self._scope, self._ended)
 
+    def beside(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Start what is no effect: it only looks, and nobody waits for it or ends it."""
+        if self._nursery is not None:
+            self._nursery.start_soon(work)
+
     async def _carry_out(
         self, effect: Callable[[], Awaitable[None]], scope: trio.CancelScope, ended: trio.Event
     ) -> None:

@@ -87,7 +87,6 @@ class Fencer:
         self._rearm = trio.Event()
         self._bell = Bell()
         self._clean_until_ns = 0
-        self._nursery: trio.Nursery | None = None
         self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
@@ -95,7 +94,6 @@ class Fencer:
     async def start(self, nursery: trio.Nursery) -> None:
         """Look at what is there: carry on under a valid lease, else fence what could write. Reads no slow disk."""
         self._effects.run_in(nursery)
-        self._nursery = nursery
         lease = self._ledger.lease(self._clock.now_ns())
         pids, self._running = look(self._engine)
         order = self._order
@@ -355,8 +353,8 @@ class Fencer:
             self._ledger.state = ended(self._ledger.state)
         self._order = record  # told when it is durable: it is the same after a restart
         self._bell.ring()
-        if self._engine.rejoin.cannot_rewind and record.state == "done" and self._nursery is not None:
-            self._nursery.start_soon(self._learn)
+        if self._engine.rejoin.cannot_rewind and record.state == "done":
+            self._effects.beside(self._learn)
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
         self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
@@ -402,8 +400,9 @@ class Fencer:
                     raise PostgresError(
                         "before the promotion the lease was over, or an operator fenced this node"
                     )
-                await self._engine.promote(request.timeline)
-            timeline = self._timeline = self._engine.timeline()
+                self._timeline = await self._engine.promote(request.timeline)
+            else:
+                self._timeline = self._engine.timeline()
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
             self._engine.halt()
             self._drop_lease()
@@ -413,7 +412,7 @@ class Fencer:
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
         self._running = True
-        await self._finish(msgspec.structs.replace(record, state="done", timeline=timeline), began)
+        await self._finish(msgspec.structs.replace(record, state="done", timeline=self._timeline), began)
 
     async def _follow(self, record: OrderRecord, request: Follow | Rejoin, clean_until_ns: int) -> None:
         began = self._clock.now_ns()

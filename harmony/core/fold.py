@@ -189,8 +189,8 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             return v
         case Acked(sent_ns=sent_ns, revision=revision):
             record = v.lead_record
-            v = replace(v, intent="beat", cluster=record, read_ok=True)
-            v = replace(v, reserved=v.reserving or v.reserved, reserving=0)
+            reserved = v.reserving or v.reserved
+            v = replace(v, intent="beat", cluster=record, read_ok=True, reserved=reserved, reserving=0)
             if revision > v.revision or v.first_seen_ns == 0:
                 v = replace(v, stamp_ns=0, first_seen_ns=now_ns, silent_from_ns=now_ns)
             v = marked(replace(v, revision=max(revision, v.revision)))
@@ -206,8 +206,8 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             )
         case Lost():
             pause = now_ns + t.interval_ns if intent != "beat" else v.claim_pause_until_ns
-            v = replace(v, intent="beat", reserving=0, reserved=0)
-            return replace(v, lost=v.lost or v.state in LEADING, claim_pause_until_ns=pause)
+            lost = v.lost or v.state in LEADING
+            return replace(v, intent="beat", reserving=0, lost=lost, claim_pause_until_ns=pause)
         case Failed(why=why):
             v = replace(v, reserving=0)
             if intent == "beat":

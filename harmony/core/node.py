@@ -165,8 +165,9 @@ def _act(
             # Whatever exchange runs gives way; should its write land, this one's revision is refused.
             revision = v.revision if action != "create" else 0
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
-            v = replace(v, reserving=next_timeline(v) if action == "claim" else 0, reserved=0)
-            return replace(v, lead=lead, intent=action, lead_sent_ns=now_ns, lead_record=None)
+            reserving = next_timeline(v) if action == "claim" else 0
+            v = replace(v, reserving=reserving, lead=lead, intent=action)
+            return replace(v, lead_sent_ns=now_ns, lead_record=None)
         case "fence" | "demote" | "activate" | "follow" | "rejoin":
             op, clean = "fence" if action == "demote" else action, action == "demote"
             primary = target(v, me) if action in {"follow", "rejoin"} else None
