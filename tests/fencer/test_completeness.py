@@ -801,8 +801,10 @@ def test_standby_signal_put_back_under_a_writable_one(node: Node) -> None:
     node.hand()
     node.wait((node.data / "postmaster.pid").exists, "it begins", 2)
     # As the fencer itself does while it is down, 50 ms after it has looked for a postmaster.
-    threading.Timer(0.1, (node.data / "standby.signal").touch).start()
+    late = threading.Timer(0.1, (node.data / "standby.signal").touch)
+    late.start()
     node.wait(lambda: node.status().self_fence is not None, "noticed", 3)
+    late.join()  # a fence may be quicker: nothing is written while the data directory is removed
     node.wait(lambda: node.status().fence_proven and not node.pids(), "fenced")
 
 
