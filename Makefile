@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/harmonyctl demo --scenario $(SCENARIO) --preset $(PRESET)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m tests $(PYTEST_ARGS)
 
 # Everything that needs no real server: seconds.
 test-fast: $(STAMP)

@@ -16,6 +16,8 @@ from tests.exhaustive.agent import Setting
 from tests.exhaustive.explore import Goal, Result, calm, explore
 from tests.exhaustive.model import FAULTS, Model, State
 
+pytestmark = pytest.mark.computes
+
 LARGE = os.environ.get("EXHAUSTIVE") == "large"
 
 

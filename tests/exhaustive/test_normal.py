@@ -37,6 +37,8 @@ from tests.exhaustive.model import FAULTS, Model
 from tests.exhaustive.normal import COUNTER, NEWEST, NOW, UNIT
 from tests.exhaustive.test_exhaustive import timing
 
+pytestmark = pytest.mark.computes
+
 T = timing()
 SETTING = Setting(T)
 

@@ -853,7 +853,7 @@ Machine.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestAnyInterleaving = Machine.TestCase
+TestAnyInterleaving = pytest.mark.computes(Machine.TestCase)
 
 
 # ---------------------------------------------------------------- single stories

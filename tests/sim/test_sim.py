@@ -18,6 +18,8 @@ from tests.sim.faults import Fault
 from tests.sim.setting import MS, Setting, plain
 from tests.sim.world import Rules, World
 
+pytestmark = pytest.mark.computes
+
 HOURS = float(os.environ.get("HOURS", "2000"))
 SEEDS = int(os.environ.get("SEEDS", "0"))
 
