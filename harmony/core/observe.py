@@ -146,7 +146,9 @@ def unfit_by(c: ClusterState | None, m: Member | None, name: str) -> str:
         return f"{name} {'distrusts the store' if m.distrust else 'has no fencer'}"
     if m.db != "standby" or m.timeline < c.timeline:
         return f"{name} does not run as a standby on timeline {c.timeline}"
-    if c.sync_count and name not in c.sync_voters:
+    if c.sync_voters and not c.sync_count:
+        return f"commits wait for nobody now, and {name} may lack some"
+    if c.sync_voters and name not in c.sync_voters:
         return f"{name} is not one of the recorded synchronous standbys"
     return ""
 
