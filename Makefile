@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load fuzz test-vm sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-vm sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -56,6 +56,13 @@ build/bench/etcd/.installed:
 	@command -v etcd >/dev/null || { cd build/bench/etcd && apt-get download etcd-server && dpkg -x etcd-server_*.deb .; } || \
 		{ echo "no etcd: neither on the PATH nor from apt (apt-get update; apt-get install etcd-server)" >&2; exit 1; }
 	@touch $@
+
+# Random faults from a seed at a cluster under load: needs root; see docs/chaos.md.
+# make chaos SEED=7 MINUTES=30 CHAOS='--preset standard'
+SEED ?=
+CHAOS ?=
+chaos: $(STAMP)
+	$(BIN)/python -m bench.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) $(CHAOS)
 
 # How fast writes end, for each way of stopping PostgreSQL (about 20 minutes for 5).
 bench-fence: $(STAMP)
