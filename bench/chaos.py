@@ -207,8 +207,7 @@ def main() -> None:
     finally:
         save(results, given.out)
         sys.stdout.write(summary(results))
-    lost = [v for v in results.violations() if given.sync == "on" or v.kind != "lost"]
-    sys.exit(1 if lost else 2 if results.failures else 0)
+    sys.exit(1 if results.violations() else 2 if results.failures else 0)
 
 
 if __name__ == "__main__":

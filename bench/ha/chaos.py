@@ -88,6 +88,7 @@ class Chaos:
         end_ns = self.stage.now_ns()
         self.tell(f"back after {back_s:.1f} s" if back_s is not None else "NOT BACK")
         found = self._recovery(healed_ns, end_ns, back_s)
+        self._poll()
         found += checker.overlaps(self._acks())
         found += self._read_back() if back_s is not None else []
         for violation in found:
@@ -162,12 +163,22 @@ class Chaos:
     # ------------------------------------------------------------ what the clients say
 
     def _acks(self) -> list[Ack]:
-        return self.stage.named([ack for recorder in self.stage.recorders() for ack in recorder.poll()])
+        """Everybody's."""
+        return self.stage.named([ack for recorder in self.stage.recorders() for ack in recorder.acks])
+
+    def _promised(self) -> list[Ack]:
+        """Of the writers whose commits wait for a standby, where the mode is synchronous."""
+        assert self.stage.client is not None
+        waiting = [self.stage.client, *self.stage.local.values()]
+        return self.stage.named([ack for recorder in waiting for ack in recorder.acks])
+
+    def _poll(self) -> None:
+        for recorder in self.stage.recorders():
+            recorder.poll()
 
     def _timeline(self) -> int:
-        return max(
-            (ack.timeline for recorder in self.stage.recorders() for ack in recorder.poll()), default=0
-        )
+        self._poll()
+        return max((ack.timeline for ack in self._acks()), default=0)
 
     def _everywhere(self, since_ns: int) -> bool:
         return all(self.stage.rejoined(name, since_ns) for name in DATABASES)
@@ -187,13 +198,25 @@ class Chaos:
 
     def _read_back(self) -> list[Violation]:
         """Every row that was acknowledged before now, on every host; the writers go on meanwhile."""
-        acks = self._acks()
+        acks = self._promised()
         now_ns = self.stage.now_ns()
         if not self.stage.comes(lambda: self._everywhere(now_ns), LEVEL_S):
             return [
                 Violation("slow", f"a host fell behind again for {LEVEL_S:g} s after all were back", now_ns)
             ]
-        return checker.lost_rows(acks, self._stored())
+        try:
+            return self._lost(acks, self._stored())
+        except psycopg.Error as error:
+            return [Violation("slow", f"could not be read after all were back: {error}", now_ns)]
+
+    def _lost(self, acks: list[Ack], stored: dict[str, list[int]]) -> list[Violation]:
+        """Asynchronous replication promises nothing: then it is told only."""
+        found = checker.lost_rows(acks, stored)
+        if self.stage.options.sync != "off":
+            return found
+        for violation in found:
+            self.tell(f"asynchronous: {violation.what}")
+        return []
 
     def _stored(self) -> dict[str, list[int]]:
         return {name: self.stage.listed(name) for name in DATABASES}
@@ -202,8 +225,9 @@ class Chaos:
         """When the writers have been ended: every host has the same rows, and none that nobody sent."""
         for recorder in self.stage.recorders():
             recorder.stop()
+        overlapping = checker.overlaps(self._acks())
         sent: set[int] = set().union(*(recorder.sent() for recorder in self.stage.recorders()))
-        acks = self.stage.named([ack for recorder in self.stage.recorders() for ack in recorder.acks])
+        acks = self._promised()
         found: list[Violation] = []
 
         def level() -> bool:
@@ -212,10 +236,11 @@ class Chaos:
             except psycopg.Error as error:
                 found[:] = [Violation("slow", f"could not be read in the end: {error}")]
                 return False
-            found[:] = [*checker.inconsistent(stored, sent), *checker.lost_rows(acks, stored)]
+            found[:] = [*checker.inconsistent(stored, sent), *self._lost(acks, stored)]
             return not found
 
         self.stage.comes(level, LEVEL_S)
+        found += overlapping
         for violation in found:
             self.tell(f"VIOLATION {violation.kind}: {violation.what}")
         return found
@@ -234,8 +259,7 @@ class Chaos:
     def _reigns(self) -> list[tuple[int, str]]:
         """First and last acknowledgement of each host on each timeline."""
         spans: dict[tuple[int, str], list[int]] = {}
-        acks = [ack for recorder in self.stage.recorders() for ack in recorder.acks]
-        for ack in self.stage.named(acks):
+        for ack in self._acks():
             spans.setdefault((ack.timeline, ack.host), []).append(ack.acked_ns)
         return [
             (edge(times), f"clients: {which} acknowledgement by {host} on timeline {timeline}")
@@ -245,5 +269,5 @@ class Chaos:
 
 
 def options(peer: str, preset: str, sync: str) -> Options:
-    """What a stage of chaos has: three stores, and PostgreSQL's logs."""
-    return Options(peer, preset, sync, stores=3, logs=True)
+    """What a stage of chaos has: three stores, PostgreSQL's logs, and writers that see every writable host."""
+    return Options(peer, preset, sync, stores=3, logs=True, probes=True)

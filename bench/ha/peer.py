@@ -58,6 +58,7 @@ class Options(msgspec.Struct, frozen=True):
     stores: int = 1
     failsafe: bool = False  # Patroni's failsafe_mode
     logs: bool = False  # PostgreSQL's own, at disk/log/postgres.log
+    probes: bool = False  # writers in each database host that wait for no standby
 
 
 class Peer(Protocol):

@@ -95,6 +95,7 @@ class Stage:
         self.lab = Lab(names(options), disks=dict.fromkeys(DATABASES, 1500) if disks else None)
         self.client: Recorder | None = None
         self.local: dict[str, Recorder] = {}
+        self.probes: dict[str, Recorder] = {}  # what they wrote may be lost: they see who is writable
         try:
             (self.lab.base / "parts").mkdir(mode=0o755)
             self.parts = find_parts(self.lab.base / "parts")
@@ -133,7 +134,7 @@ class Stage:
         self.lab.close()
 
     def recorders(self) -> list[Recorder]:
-        return [*([self.client] if self.client else []), *self.local.values()]
+        return [*([self.client] if self.client else []), *self.local.values(), *self.probes.values()]
 
     def keep_logs(self) -> Path:
         """Where a repeat went wrong its logs are worth more than the space they take. Returns their folder."""
@@ -161,9 +162,17 @@ class Stage:
             options = ["--at", host.name, "--patience", str(LOCAL_PATIENCE_S), "--pause", "0.01"]
             one = f"host=127.0.0.1 {user} connect_timeout=2"
             self.local[host.name] = self._writer(host, one, number * 10**12, options)
+            if self.options.probes:
+                alone = f"{one} options='-c synchronous_commit=local'"
+                first = (len(hosts) + number) * 10**12
+                self.probes[host.name] = self._writer(
+                    host, alone, first, [*options, "--pause", "0.05"], "-probe"
+                )
 
-    def _writer(self, host: Light, conninfo: str, first: int, options: list[str]) -> Recorder:
-        out = self.lab.base / "outside" / f"{host.name}.txt"
+    def _writer(
+        self, host: Light, conninfo: str, first: int, options: list[str], suffix: str = ""
+    ) -> Recorder:
+        out = self.lab.base / "outside" / f"{host.name}{suffix}.txt"
         argv = [
             sys.executable,
             "-m",
