@@ -71,17 +71,27 @@ class Chaos:
         """Into the timeline."""
         self.told.append((self.stage.now_ns(), words))
 
+    def primary(self) -> str:
+        """Who it is, by PostgreSQL; a switchover may still be under way. Raises HostError when nobody is."""
+        found: list[str] = []
+
+        def look() -> bool:
+            state = self.stage.state()
+            found.extend([state.primary] if state is not None else [])
+            return bool(found)
+
+        self.stage.wait_until(look, "a primary", self.bounds.writes_s)
+        return found[0]
+
     # ------------------------------------------------------------ a round
 
     def play(self, what: Round, load: Callable[[], float]) -> Played:
         """Raises HostError when the lab itself cannot go on."""
-        state = self.stage.state()
-        if state is None:
-            raise HostError("nobody is the primary before the round")
-        self.tell(f"round {what.number} ({what.shape}), the primary is {state.primary}")
+        primary = self.primary()
+        self.tell(f"round {what.number} ({what.shape}), the primary is {primary}")
         began_ns = self.stage.now_ns()
         before = self._timeline()
-        struck = self._strike_all(what, state.primary)
+        struck = self._strike_all(what, primary)
         healed_ns = self.stage.now_ns()
         self.tell("all healed")
         back_s = self._back(healed_ns)
@@ -221,7 +231,7 @@ class Chaos:
     def _stored(self) -> dict[str, list[int]]:
         return {name: self.stage.listed(name) for name in DATABASES}
 
-    def last_look(self) -> list[Violation]:
+    def last_look(self, patience_s: float = LEVEL_S) -> list[Violation]:
         """When the writers have been ended: every host has the same rows, and none that nobody sent."""
         for recorder in self.stage.recorders():
             recorder.stop()
@@ -239,7 +249,7 @@ class Chaos:
             found[:] = [*checker.inconsistent(stored, sent), *self._lost(acks, stored)]
             return not found
 
-        self.stage.comes(level, LEVEL_S)
+        self.stage.comes(level, patience_s)
         found += overlapping
         for violation in found:
             self.tell(f"VIOLATION {violation.kind}: {violation.what}")

@@ -39,12 +39,11 @@ def test_a_short_campaign() -> None:
 def _what_is_broken_is_seen(acting: Chaos) -> None:
     """A row that the client saw acknowledged is taken away behind its back."""
     stage = acting.stage
-    state = stage.state()
-    assert state is not None
+    primary = acting.primary()
     assert stage.client is not None
     row = stage.client.poll()[-20].id
-    stage.execute(state.primary, f"DELETE FROM bench WHERE id = {row}")  # noqa: S608 (a number)
-    found = acting.last_look()
+    stage.execute(primary, f"DELETE FROM bench WHERE id = {row}")  # noqa: S608 (a number)
+    found = acting.last_look(3.0)
     assert {(v.kind, f" {row} (by " in v.what) for v in found} == {("lost", True)}
     kept = acting.keep("asked for by a test")
     text = (kept / "timeline.txt").read_text()
