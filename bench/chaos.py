@@ -1,7 +1,7 @@
 """Random faults from a seed, at a cluster under load, for a time; promises checked from the clients' records alone.
 
     python -m bench.chaos [--seed N] [--minutes N | --rounds N] [--preset fast|standard] [--sync on|off]
-                          [--peer harmony|patroni] [--first N] [--only FAULT …] [--out FILE.json]
+                          [--peer harmony|patroni] [--first N] [--only FAULT …] [--keep] [--out FILE.json]
 
 Each round strikes with one fault or two (also during a rejoin, also during a switchover), undoes everything, and waits
 for the bounds of recovery (docs/chaos.md). After a violation the seed, all logs, the records and one timeline of all
@@ -83,7 +83,9 @@ def campaign(given: argparse.Namespace, results: Results) -> None:
         try:
             with Stage(chaos.options(given.peer, given.preset, given.sync), disks=True, say=say) as stage:
                 results.versions = {**stage.peer.versions(), "postgresql": stage.parts.postgres.version}
-                todo = on_stage(Chaos(stage, results.bounds, say), todo, coming, until, results, given.out)
+                todo = on_stage(
+                    Chaos(stage, results.bounds, say), todo, coming, until, results, given.out, given.keep
+                )
         except (HostError, OSError) as error:
             say(f"the lab failed: {error}")
             results.failures.append(f"{type(error).__name__}: {error}"[:1000])
@@ -92,7 +94,13 @@ def campaign(given: argparse.Namespace, results: Results) -> None:
 
 
 def on_stage(
-    acting: Chaos, todo: list[Round], coming: Iterator[Round], until: float, results: Results, out: Path
+    acting: Chaos,
+    todo: list[Round],
+    coming: Iterator[Round],
+    until: float,
+    results: Results,
+    out: Path,
+    keep: bool,
 ) -> list[Round]:
     """Rounds on one cluster until its end or a violation; returns the round that comes next, if any."""
     seed = results.seed
@@ -127,7 +135,7 @@ def on_stage(
     results.acknowledged += sum(len(recorder.acks) for recorder in acting.stage.recorders())
     for violation in found:
         say(f"    VIOLATION {violation.kind}: {violation.what}")
-    if found or results.rounds[-1].violations:
+    if found or results.rounds[-1].violations or keep:
         number = results.rounds[-1].number
         words = (
             f"seed {seed}, round {number} (python -m bench.chaos --seed {seed} --first {number} --rounds 1)"
@@ -195,6 +203,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=["fast", "standard"], default="fast")
     parser.add_argument("--sync", choices=["on", "off"], default="on")
     parser.add_argument("--only", action="append", choices=list(FAULTS), help="these faults alone")
+    parser.add_argument("--keep", action="store_true", help="all logs, also where nothing is broken")
     parser.add_argument("--out", type=Path, default=Path("build/bench/chaos.json"))
     given = parser.parse_args()
     if reason := missing(given.peer):
