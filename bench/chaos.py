@@ -121,7 +121,7 @@ def on_stage(
             acting.counts.clear()
         results.rounds.append(played)
         say(
-            f"    {'; '.join(played.struck)}: writes {seconds(played.writes_s)}, back {seconds(played.back_s)}, "
+            f"    {'; '.join(played.struck)}: client waited {played.outage_s:.1f} s, back {seconds(played.back_s)}, "
             f"{played.timelines} new timelines, load {played.load:.1f}"
         )
         for violation in played.violations:
@@ -157,12 +157,12 @@ def summary(results: Results) -> str:
     found = results.violations()
     kinds = Counter(violation.kind for violation in found)
     broken = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no promise broken"
-    writes = sorted(r.writes_s for r in results.rounds if r.writes_s is not None)
+    writes = sorted(r.outage_s for r in results.rounds)
     back = sorted(r.back_s for r in results.rounds if r.back_s is not None)
     times = ""
     if writes and back:
         times = (
-            f"client writes again after {writes[len(writes) // 2]:.1f} s (at most {writes[-1]:.1f}, bound "
+            f"then the client waited {writes[len(writes) // 2]:.1f} s (at most {writes[-1]:.1f}, bound "
             f"{results.bounds.writes_s:g}), all hosts back after {back[len(back) // 2]:.1f} s (at most "
             f"{back[-1]:.1f}, bound {results.bounds.back_s:g}); "
         )

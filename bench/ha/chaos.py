@@ -37,8 +37,10 @@ class Played(msgspec.Struct, frozen=True):
     shape: str
     struck: tuple[str, ...]
     lasted_s: float
-    writes_s: float | None  # until the client's first acknowledgement
-    back_s: float | None  # until a new row could be read on every host
+    outage_s: float  # the client's longest pause from then on
+    back_s: (
+        float | None
+    )  # until a new row could be read on every host, and no lease from before could still end
     timelines: int  # begun in this round: how often the primary was replaced, or began anew
     violations: tuple[Violation, ...]
     load: float  # os.getloadavg()[0] in its end: a late recovery may be the machine's
@@ -97,19 +99,22 @@ class Chaos:
         back_s = self._back(healed_ns)
         end_ns = self.stage.now_ns()
         self.tell(f"back after {back_s:.1f} s" if back_s is not None else "NOT BACK")
-        found = self._recovery(healed_ns, end_ns, back_s)
         self._poll()
+        assert self.stage.client is not None
+        outage_s = checker.outage_s(self.stage.client.acks, healed_ns, end_ns)
+        waited_s = (end_ns - healed_ns) / NS
+        found = checker.slow(outage_s, self.bounds.writes_s, "the client had nothing acknowledged", healed_ns)
+        found += checker.slow(waited_s, self.bounds.back_s, "not every host could read new rows", healed_ns)
         found += checker.overlaps(self._acks())
         found += self._read_back() if back_s is not None else []
         for violation in found:
             self.tell(f"VIOLATION {violation.kind}: {violation.what}")
-        assert self.stage.client is not None
         return Played(
             number=what.number,
             shape=what.shape,
             struck=tuple(struck),
             lasted_s=(healed_ns - began_ns) / NS,
-            writes_s=checker.recovered_s(self.stage.client.acks, healed_ns),
+            outage_s=outage_s,
             back_s=back_s,
             timelines=self._timeline() - before,
             violations=tuple(found),
@@ -194,17 +199,9 @@ class Chaos:
         return all(self.stage.rejoined(name, since_ns) for name in DATABASES)
 
     def _back(self, healed_ns: int) -> float | None:
-        came = self.stage.comes(lambda: self._everywhere(healed_ns), self.bounds.back_s + GRACE_S)
+        settled_ns = healed_ns + round(self.bounds.settle_s * NS)
+        came = self.stage.comes(lambda: self._everywhere(settled_ns), self.bounds.back_s + GRACE_S)
         return (self.stage.now_ns() - healed_ns) / NS if came else None
-
-    def _recovery(self, healed_ns: int, end_ns: int, back_s: float | None) -> list[Violation]:
-        assert self.stage.client is not None
-        found = checker.slow(self.stage.client.poll(), healed_ns, end_ns, self.bounds.writes_s)
-        if back_s is None or back_s > self.bounds.back_s:
-            late = f"after {back_s:.1f} s" if back_s is not None else "never"
-            what = f"a new row could be read on every host {late}; the bound is {self.bounds.back_s:g} s"
-            found.append(Violation("slow", what, healed_ns))
-        return found
 
     def _read_back(self) -> list[Violation]:
         """Every row that was acknowledged before now, on every host; the writers go on meanwhile."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.ha.checker import bounds, inconsistent, lost_rows, overlaps, recovered_s, slow
+from bench.ha.checker import bounds, inconsistent, lost_rows, outage_s, overlaps, slow
 from bench.ha.records import NS, Ack
 from harmony.core.timing import PRESETS
 
@@ -72,26 +72,25 @@ def test_an_inconsistent_read_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("acks", "end_s", "late"),
+    ("acks", "end_s", "waited_s"),
     [
-        ([ack(1, 99.0), ack(2, 109.0)], 110.0, False),
-        ([ack(1, 99.0), ack(2, 111.0)], 112.0, True),  # too late
-        ([ack(1, 99.0)], 112.0, True),  # not at all
-        ([ack(1, 101.0), ack(2, 102.0), ack(3, 113.0)], 113.5, True),  # wrote, and stopped again
-        ([ack(1, 101.0, took_s=5.0)], 112.0, True),  # sent before all was healed: no recovery
+        ([ack(1, 99.0), ack(2, 109.0)], 110.0, 9.0),
+        ([ack(1, 99.0), ack(2, 111.0)], 112.0, 11.0),  # too late
+        ([ack(1, 99.0)], 112.0, 12.0),  # not at all
+        ([ack(1, 101.0), ack(2, 102.0), ack(3, 113.0)], 113.5, 11.0),  # wrote, and stopped again
+        ([ack(1, 101.0, took_s=5.0)], 112.0, 12.0),  # sent before all was healed: no recovery
+        ([ack(1, 101.0), ack(2, 109.0), ack(3, 150.0)], 112.0, 8.0),  # another round's
     ],
 )
-def test_a_recovery_that_took_too_long(acks: list[Ack], end_s: float, late: bool) -> None:
-    found = slow(acks, 100 * NS, round(end_s * NS), 10.0)
-    assert [v.kind for v in found] == (["slow"] if late else [])
-
-
-def test_recovered_counts_what_was_sent_after_the_healing() -> None:
-    assert recovered_s([ack(1, 100.5, took_s=1.0), ack(2, 104.0)], 100 * NS) == 4.0
-    assert recovered_s([ack(1, 99.0)], 100 * NS) is None
+def test_a_recovery_that_took_too_long(acks: list[Ack], end_s: float, waited_s: float) -> None:
+    found = outage_s(acks, 100 * NS, round(end_s * NS))
+    assert found == pytest.approx(waited_s)
+    late = slow(found, 10.0, "the client had nothing acknowledged", 100 * NS)
+    assert [(v.kind, v.at_ns) for v in late] == ([("slow", 100 * NS)] if waited_s > 10 else [])
 
 
 def test_the_bounds_follow_the_preset() -> None:
     fast, standard = bounds(PRESETS["fast"], 10.0), bounds(PRESETS["standard"], 10.0)
     assert (fast.writes_s, standard.writes_s) == (28.0, 50.0)
-    assert (fast.back_s, standard.back_s) == (83.0, 105.0)
+    assert (fast.back_s, standard.back_s) == (86.0, 118.0)
+    assert (fast.settle_s, standard.settle_s) == (3.0, 13.0)
