@@ -1,7 +1,7 @@
 """Random faults from a seed, at a cluster under load, for a time; promises checked from the clients' records alone.
 
     python -m bench.chaos [--seed N] [--minutes N | --rounds N] [--preset fast|standard] [--sync on|off]
-                          [--peer harmony|patroni] [--first N] [--only FAULT …] [--keep] [--out FILE.json]
+                          [--peer harmony|patroni] [--first N] [--only FAULT …] [--keep S] [--out FILE.json]
 
 Each round strikes with one fault or two (also during a rejoin, also during a switchover), undoes everything, and waits
 for the bounds of recovery (docs/chaos.md). After a violation the seed, all logs, the records and one timeline of all
@@ -100,10 +100,10 @@ def on_stage(
     until: float,
     results: Results,
     out: Path,
-    keep: bool,
+    keep: float,
 ) -> list[Round]:
     """Rounds on one cluster until its end or a violation; returns the round that comes next, if any."""
-    seed = results.seed
+    seed, first = results.seed, len(results.rounds)
     for _ in range(ROUNDS_A_STAGE):
         (what,) = todo
         faults = ", ".join(f"{e.fault} {e.role} {e.at_s:g}+{e.lasts_s:g}" for e in what.events)
@@ -135,7 +135,8 @@ def on_stage(
     results.acknowledged += sum(len(recorder.acks) for recorder in acting.stage.recorders())
     for violation in found:
         say(f"    VIOLATION {violation.kind}: {violation.what}")
-    if found or results.rounds[-1].violations or keep:
+    slowest = max(r.outage_s for r in results.rounds[first:])
+    if found or results.rounds[-1].violations or slowest > keep:
         number = results.rounds[-1].number
         words = (
             f"seed {seed}, round {number} (python -m bench.chaos --seed {seed} --first {number} --rounds 1)"
@@ -203,7 +204,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=["fast", "standard"], default="fast")
     parser.add_argument("--sync", choices=["on", "off"], default="on")
     parser.add_argument("--only", action="append", choices=list(FAULTS), help="these faults alone")
-    parser.add_argument("--keep", action="store_true", help="all logs, also where nothing is broken")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="the logs also of a cluster whose client waited longer than that (-1: of each)",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/bench/chaos.json"))
     given = parser.parse_args()
     if reason := missing(given.peer):
