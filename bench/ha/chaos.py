@@ -99,14 +99,14 @@ class Chaos:
         back_s = self._back(healed_ns)
         end_ns = self.stage.now_ns()
         self.tell(f"back after {back_s:.1f} s" if back_s is not None else "NOT BACK")
-        self._poll()
+        self.poll()
         assert self.stage.client is not None
         outage_s = checker.outage_s(self.stage.client.acks, healed_ns, end_ns)
         waited_s = (end_ns - healed_ns) / NS
         found = checker.slow(outage_s, self.bounds.writes_s, "the client had nothing acknowledged", healed_ns)
         found += checker.slow(waited_s, self.bounds.back_s, "not every host could read new rows", healed_ns)
-        found += checker.overlaps(self._acks())
-        found += self._read_back() if back_s is not None else []
+        found += checker.overlaps(self.acks())
+        found += self.read_back() if back_s is not None else []
         for violation in found:
             self.tell(f"VIOLATION {violation.kind}: {violation.what}")
         return Played(
@@ -177,7 +177,7 @@ class Chaos:
 
     # ------------------------------------------------------------ what the clients say
 
-    def _acks(self) -> list[Ack]:
+    def acks(self) -> list[Ack]:
         """Everybody's."""
         return self.stage.named([ack for recorder in self.stage.recorders() for ack in recorder.acks])
 
@@ -187,13 +187,13 @@ class Chaos:
         waiting = [self.stage.client, *self.stage.local.values()]
         return self.stage.named([ack for recorder in waiting for ack in recorder.acks])
 
-    def _poll(self) -> None:
+    def poll(self) -> None:
         for recorder in self.stage.recorders():
             recorder.poll()
 
     def _timeline(self) -> int:
-        self._poll()
-        return max((ack.timeline for ack in self._acks()), default=0)
+        self.poll()
+        return max((ack.timeline for ack in self.acks()), default=0)
 
     def _everywhere(self, since_ns: int) -> bool:
         return all(self.stage.rejoined(name, since_ns) for name in DATABASES)
@@ -203,7 +203,7 @@ class Chaos:
         came = self.stage.comes(lambda: self._everywhere(settled_ns), self.bounds.back_s + GRACE_S)
         return (self.stage.now_ns() - healed_ns) / NS if came else None
 
-    def _read_back(self) -> list[Violation]:
+    def read_back(self) -> list[Violation]:
         """Every row that was acknowledged before now, on every host; the writers go on meanwhile."""
         acks = self._promised()
         now_ns = self.stage.now_ns()
@@ -232,7 +232,7 @@ class Chaos:
         """When the writers have been ended: every host has the same rows, and none that nobody sent."""
         for recorder in self.stage.recorders():
             recorder.stop()
-        overlapping = checker.overlaps(self._acks())
+        overlapping = checker.overlaps(self.acks())
         sent: set[int] = set().union(*(recorder.sent() for recorder in self.stage.recorders()))
         acks = self._promised()
         found: list[Violation] = []
@@ -266,7 +266,7 @@ class Chaos:
     def _reigns(self) -> list[tuple[int, str]]:
         """First and last acknowledgement of each host on each timeline."""
         spans: dict[tuple[int, str], list[int]] = {}
-        for ack in self._acks():
+        for ack in self.acks():
             spans.setdefault((ack.timeline, ack.host), []).append(ack.acked_ns)
         return [
             (edge(times), f"clients: {which} acknowledgement by {host} on timeline {timeline}")
