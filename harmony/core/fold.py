@@ -84,7 +84,7 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
                 return v  # asked before the end of a promotion
             if v.ruling is not None and e.db == "primary":
                 v = replace(v, ruling=ruling.database_seen(v.ruling, e))
-            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
+            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), v.db, e, now_ns)
         case DbSilent():
             return v
         case FencerSeen(view=f):
@@ -103,11 +103,16 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return replace(v, ruling=None) if ours else v  # what is in force is looked at anew
 
 
-def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
-    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, too."""
+def _streaming(v: View, before: DbSeen | None, e: DbSeen, now_ns: int) -> View:
+    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, several a second.
+
+    But these bring nothing new, and stay on a timeline that the primary has left.
+    """
     if e.db == "primary":
         return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False, rejoin_why="")
-    streams = v.streams + 1 if e.streaming else 0
+    left = v.cluster is not None and e.timeline < v.cluster.timeline
+    gains = before is not None and e.received_lsn > before.received_lsn
+    streams = v.streams + 1 if e.streaming and (gains or not left) else 0
     if streams >= LASTING:
         v = replace(v, rejoins=0, rejoined=False, rejoin_why="")
     if streams > 1:
