@@ -113,6 +113,32 @@ TEXT: dict[str, tuple[str, str]] = {
         "what a primary does when Harmony is stopped: handover, to a standby that can take it; fence: it stops",
         "fence: writes end until the others have elected a primary",
     ),
+    "failover.restart_budget": (
+        "mode off: how often within restart_window_s a PostgreSQL that died is restarted in place before another takes "
+        "over; in every mode: how often it may crash and recover by itself",
+        "0: handed over at once, and what no standby has received is lost; higher: longer series of short outages",
+    ),
+    "failover.restart_window_s": (
+        "over what time its crashes are counted",
+        "higher: slower series of crashes end in a hand-over, too",
+    ),
+    "sickness.action": (
+        "handover: a primary whose PostgreSQL hangs beyond patience_s is fenced and handed over, where another can lead; "
+        "alarm: it is told, and nothing else",
+        "alarm: a hung PostgreSQL leads until somebody comes",
+    ),
+    "sickness.patience_s": (
+        "how long PostgreSQL must have shown no sign of life or progress; default: twice failover_timeout_s, at least 10",
+        "lower: shorter outages, and a disk that stalls for a while costs a failover; higher: longer outages",
+    ),
+    "sickness.write_probe": (
+        "a tiny message into the WAL while it stands still: suspicion: when somebody waits for it; always: also when idle",
+        "off: a disk that hangs behind a wait for a standby is not seen; always: WAL and a transaction id every few seconds",
+    ),
+    "sickness.disk_free_mb": (
+        "less free room than this on the disk of the data or the WAL is told; 0: never",
+        "lower: told when it is nearly too late",
+    ),
     "rejoin.mode": (
         "automatic: a standby that cannot follow the primary is rewound or copied anew; off: it says so and waits",
         "automatic destroys what only that standby has; off: somebody has to do it by hand",

@@ -32,6 +32,7 @@ from harmony.logs import configure_logging
 from harmony.store import open_store
 
 MEMORY_S = 10.0  # longest wait for the agent's own disk at start; then the supervisor starts another one
+LEAST_PATIENCE_S = 10.0
 RETIRING_S = 2.0  # over fence_timeout: below what the supervisor waits for an agent that it has asked to stop
 log = structlog.get_logger("agent")
 
@@ -106,6 +107,11 @@ async def on_signals(
         cancel.cancel()
 
 
+def patience_s(config: Config) -> float:
+    """How long a symptom has to last: generous, as a needless failover is worse than a late one."""
+    return config.sickness.patience_s or max(LEAST_PATIENCE_S, 2 * config.timing.failover_timeout_s)
+
+
 def identity(config: Config) -> Identity:
     """What the core must know of this node and does not change."""
     f = config.failover
@@ -131,6 +137,9 @@ def identity(config: Config) -> Identity:
             flap_window_s=f.flap_window_s,
             rejoin=config.rejoin.mode,
             rejoin_after_s=config.rejoin.after_s,
+            sick_after_s=patience_s(config) if config.sickness.action == "handover" else 0.0,
+            restart_budget=f.restart_budget,
+            restart_window_s=f.restart_window_s,
         ),
     )
 

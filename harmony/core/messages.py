@@ -14,6 +14,8 @@ from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
 OrderOp = Literal["activate", "fence", "follow", "rejoin"]
+# "": none; silent: gives no answer; closed: lets no session in; stopped: its postmaster takes none; stalled: no WAL is flushed
+Symptom = Literal["", "silent", "closed", "stopped", "stalled"]
 Gen = tuple[int, int]  # (term, order), as the fencer compares them
 
 
@@ -167,6 +169,21 @@ class DbSilent:
 
 
 @dataclass(frozen=True, slots=True)
+class HealthSeen:
+    """What a look at the local PostgreSQL's health has found. `asked_ns` is before it, `why` the evidence in words.
+
+    `crashed`: since the look before, it has restarted itself after a crash of one of its processes.
+    `note`: what people should know and nothing is done about.
+    """
+
+    asked_ns: int
+    symptom: Symptom = ""
+    why: str = ""
+    crashed: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class FencerSeen:
     """The fencer's newest status."""
 
@@ -210,6 +227,7 @@ Event = (
     | ReadFailed
     | DbSeen
     | DbSilent
+    | HealthSeen
     | FencerSeen
     | FencerSilent
     | OrderRefused

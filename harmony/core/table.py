@@ -81,6 +81,10 @@ class Observation:
     astray: bool = False  # and it is from a primary that leads no more
     rejoin_why: str = ""  # why the last one came to nothing
     may_follow: bool = True  # the pause after a follow that came to nothing is over
+    sick: str = ""  # why PostgreSQL here must not lead as it is, though it lives
+    unwell: str = ""  # a symptom that has not outlasted the patience
+    heir: bool = False  # a live standby that is allowed to take over, certainly, once the place is vacant
+    restart_here: bool = False  # PostgreSQL died, and is to be restarted in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def _must_vacate(o: Observation) -> bool:
             o.latched
             or not o.trusted
             or o.term_behind
-            or (o.peer_ready and (o.postgres_failed or o.flapping))
+            or (o.peer_ready and (o.flapping or (o.postgres_failed and not o.restart_here)))
         )
     )
 
@@ -239,6 +243,16 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             "fence",
         ),
         _row(
+            base + 11,
+            state,
+            "PostgreSQL sick beyond patience, another can lead",
+            lambda o: o.sick != "" and o.heir and o.failures == 0 and not o.distrust,
+            down,
+            "PostgreSQL is sick, and another can lead: fencing, then handing over;",
+            "fence",
+            detail=lambda o: o.sick,
+        ),
+        _row(
             base + 12,
             state,
             "successor confirmed",
@@ -286,6 +300,24 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             state,
             "ALARM, leading on while the lease is renewed:",
             detail=lambda o: o.distrust,
+        ),
+        _row(
+            base + 22,
+            state,
+            "PostgreSQL sick beyond patience, nobody else can lead",
+            lambda o: o.sick != "",
+            state,
+            "ALARM, leading on, as nobody is sure to be able to take over; PostgreSQL is sick:",
+            detail=lambda o: o.sick,
+        ),
+        _row(
+            base + 24,
+            state,
+            "PostgreSQL unwell",
+            lambda o: o.unwell != "",
+            state,
+            "PostgreSQL is unwell, which may be nothing but load:",
+            detail=lambda o: o.unwell,
         ),
     )
 
