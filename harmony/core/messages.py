@@ -14,7 +14,7 @@ from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
 OrderOp = Literal["activate", "fence", "follow", "rejoin"]
-# "": none; silent: gives no answer; closed: lets no session in; stopped: its postmaster takes none; stalled: no WAL is flushed
+# silent: gives no answer; closed: lets nobody in; stopped: by a signal; stalled: WAL does not get to the disk
 Symptom = Literal["", "silent", "closed", "stopped", "stalled"]
 Gen = tuple[int, int]  # (term, order), as the fencer compares them
 

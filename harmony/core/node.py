@@ -121,7 +121,9 @@ def _apply(
             v = replace(v, postgres_failed=False, restart=False)
         if d.next in {State.WATCHING, State.YIELDING}:
             crashes = v.crashes if o.leads == "me" else ()
-            v = replace(v, lost=False, lease_until_ns=0, postgres_failed=False, restart=False, crashes=crashes)
+            v = replace(
+                v, lost=False, lease_until_ns=0, postgres_failed=False, restart=False, crashes=crashes
+            )
         if v.state in WRITABLE_STATES and "demote" not in d.do and not v.restart:
             v = replace(v, losses=(*v.losses, now_ns)[-MAX_LOSSES:])
         if "demote" not in d.do:

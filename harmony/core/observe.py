@@ -344,7 +344,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         may_follow=rejoin.may_follow(v, now_ns),
         sick=sickness.verdict(v, me, now_ns),
         unwell=sickness.unwell(v),
-        heir=_heard_enough(v, _fit(v, me, t, now_ns), t, now_ns),
+        heir=me.policy.sick_handover and _heard_enough(v, _fit(v, me, t, now_ns), t, now_ns),
         restart_here=v.restart,
     )
 

@@ -14,7 +14,7 @@ from harmony.core.view import Identity, Sickness, View
 
 WELL_LOOKS = 3  # good ones in a row that end an illness
 MAX_CRASHES = 101  # one more than the largest budget
-FLOWING = frozenset({"silent", "closed", "stalled"})  # WAL that others receive speaks against these
+FLOWING = frozenset({"silent", "stalled"})  # WAL that others receive speaks against these
 
 
 def looked(v: View, e: HealthSeen, me: Identity, now_ns: int) -> View:
@@ -34,7 +34,8 @@ def looked(v: View, e: HealthSeen, me: Identity, now_ns: int) -> View:
     since_ns = now_ns if busy or not s.since_ns else s.since_ns
     patience_ns = me.policy.sick_after_ns
     ill = s.ill or (patience_ns > 0 and now_ns - since_ns >= patience_ns)
-    return replace(v, sick=Sickness(e.symptom, e.why, since_ns, flowed, ill))
+    told = s.symptom == e.symptom and s.ill == ill  # what is told again and again must not change
+    return replace(v, sick=Sickness(e.symptom, s.why if told else e.why, since_ns, flowed, ill))
 
 
 def not_running(s: Sickness, now_ns: int) -> Sickness:
@@ -66,9 +67,7 @@ def verdict(v: View, me: Identity, now_ns: int) -> str:
     fresh = patience_ns > 0 and v.crashes != () and now_ns - v.crashes[-1] <= patience_ns
     if fresh and not within_budget(v, me, now_ns):
         p = me.policy
-        return (
-            f"crashed more than {p.restart_budget} times within {p.restart_window_s:g} s (failover.restart_budget)"
-        )
+        return f"crashed more than {p.restart_budget} times within {p.restart_window_s:g} s (failover.restart_budget)"
     return ""
 
 

@@ -304,10 +304,10 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
         _row(
             base + 22,
             state,
-            "PostgreSQL sick beyond patience, nobody else can lead",
+            "PostgreSQL sick beyond patience, no hand-over",
             lambda o: o.sick != "",
             state,
-            "ALARM, leading on, as nobody is sure to be able to take over; PostgreSQL is sick:",
+            "ALARM, leading on, as a hand-over is not possible for certain, or not wanted; PostgreSQL is sick:",
             detail=lambda o: o.sick,
         ),
         _row(

@@ -45,7 +45,8 @@ class Policy:
     flap_window_s: float = 600.0
     rejoin: Literal["automatic", "off"] = "automatic"
     rejoin_after_s: float = 10.0
-    sick_after_s: float = 0.0  # 0: sickness is told, and never acted upon
+    sick_after_s: float = 0.0  # 0: no symptom ever counts as an illness
+    sick_handover: bool = True
     restart_budget: int = 0
     restart_window_s: float = 600.0
 
