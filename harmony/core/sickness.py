@@ -33,7 +33,7 @@ def looked(v: View, e: HealthSeen, me: Identity, now_ns: int) -> View:
     busy = e.symptom in FLOWING and flowed > s.flowed
     since_ns = now_ns if busy or not s.since_ns else s.since_ns
     patience_ns = me.policy.sick_after_ns
-    ill = s.ill or (patience_ns > 0 and now_ns - since_ns >= patience_ns)
+    ill = (s.ill and not busy) or (patience_ns > 0 and now_ns - since_ns >= patience_ns)
     told = s.symptom == e.symptom and s.ill == ill  # what is told again and again must not change
     return replace(v, sick=Sickness(e.symptom, s.why if told else e.why, since_ns, flowed, ill))
 

@@ -37,11 +37,14 @@ def leader(base: int, state: S, down: S, aside: S) -> list[Example]:
         (base + 6, state, {"failing": True, "failures": 3}, down, ("fence",)),
         (base + 8, state, {"lease_left": False}, down, ("fence",)),
         (base + 10, state, {"db": "standby"}, down, ("fence",)),
+        (base + 11, state, {"sick": "silent", "heir": True}, down, ("fence",)),
         (base + 12, state, NAMED | {"confirmed": True}, aside, ("demote",)),
         (base + 14, state, NAMED | {"named_long": True}, state, ("unname",)),
         (base + 16, state, {"wanted_why": "n3 is not alive"}, state, ("refuse",)),
         (base + 18, state, {"wanted": "n3"}, state, ("name",)),
         (base + 20, state, {"distrust": "replicas is 1"}, state, ()),
+        (base + 22, state, {"sick": "silent"}, state, ()),
+        (base + 24, state, {"unwell": "silent"}, state, ()),
     ]
 
 
