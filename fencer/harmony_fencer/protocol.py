@@ -207,6 +207,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it
     )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
+    # No proof, yet what the newest fence has left is killed and waits in the kernel for a disk: none of it ever runs
+    # again. The place may be given up; nothing may be started here
+    spent: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="refusal"):

@@ -150,4 +150,5 @@ def _view(s: protocol.Status) -> FencerView:
         unfinished=s.unfinished,
         progress=s.progress,
         cannot_rewind=s.cannot_rewind,
+        spent=s.spent,
     )

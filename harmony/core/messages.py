@@ -43,6 +43,7 @@ class FencerView:
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     timeline: int = 0  # the newest with WAL here that it knows of
+    spent: bool = False  # what is left of PostgreSQL is killed, and waits in the kernel: none runs again
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
 

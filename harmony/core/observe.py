@@ -345,6 +345,11 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         sick=sickness.verdict(v, me, now_ns),
         unwell=sickness.unwell(v),
         heir=me.policy.sick_handover and _heard_enough(v, _fit(v, me, t, now_ns), t, now_ns),
+        spent=f is not None
+        and not v.fencer_silent
+        and f.spent
+        and f.active is None
+        and f.highest >= highest(v),
         restart_here=v.restart,
     )
 

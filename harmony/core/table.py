@@ -84,6 +84,7 @@ class Observation:
     sick: str = ""  # why PostgreSQL here must not lead as it is, though it lives
     unwell: str = ""  # a symptom that has not outlasted the patience
     heir: bool = False  # a live standby that is allowed to take over, certainly, once the place is vacant
+    spent: bool = False  # what a fence has left of PostgreSQL runs no more, though it is not gone
     restart_here: bool = False  # PostgreSQL died, and is to be restarted in place
 
 
@@ -336,6 +337,7 @@ TABLE: tuple[Row, ...] = (
     _row(116, S.P_INITIALIZING, "empty store, virgin node or founder", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: claiming its first term", "create"),
     *_leader_rows(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
+    _row(301, S.P_FAILED, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.P_FAILED, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
     _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
     _row(304, S.P_FAILED, "no fence under way", _unproven, S.P_FAILED, "ordering a fence", "fence"),
     _row(398, S.FENCED, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"} and o.fence_proven, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
@@ -399,6 +401,7 @@ TABLE: tuple[Row, ...] = (
     _row(996, S.DEMOTING, "demoted for a successor", _hands_over, S.DEMOTING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
     _row(1000, S.DEMOTING, "fence proven, heartbeats failing", lambda o: o.fence_proven and o.failing and not o.lost, S.R_FAILED, "the fence is proven; the store is out of reach"),
     _row(1002, S.DEMOTING, "fence proven, may not resume", lambda o: o.fence_proven and _must_vacate(o), S.DEMOTING, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
+    _row(1003, S.DEMOTING, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.DEMOTING, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
     _row(1004, S.DEMOTING, "fence proven, may go on", lambda o: o.fence_proven and (o.leads != "me" or (o.recovered and not o.writing)), S.WATCHING, "the fence is proven: going back to watching"),
     _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
     _row(1008, S.DEMOTING, "no fence under way", _unproven, S.DEMOTING, "ordering a fence", "fence"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from harmony.core.messages import Symptom
 from tests.sim.checks import Violation
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Postgres:
         self.frozen = False  # and frozen
         self.closing = False  # a clean shutdown has ended its sessions
         self.clinging = 0  # faults: its processes cannot be killed
+        self.hung: Symptom = ""  # faults: what these processes suffer from
+        self.spent = False  # frozen and killed, and not gone: none of them runs another instruction
         self.count = 0
         self.voters: tuple[str, ...] = ()
         self.flushed: dict[str, int] = {}
@@ -71,10 +74,27 @@ class Postgres:
         return self.mode == "down"
 
     @property
+    def suffers(self) -> Symptom:
+        """What a look at it would see."""
+        return "silent" if self.host.disk_hangs else self.hung
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing of it gets anywhere. Old sessions do below a stopped postmaster."""
+        return self.suffers in {"silent", "stalled"}
+
+    @property
     def accepting(self) -> bool:
         """Whether a client that is here can commit something at this moment."""
-        host = self.host
-        return self.mode == "primary" and not (self.frozen or self.closing or host.paused) and host.up
+        stands = self.frozen or self.closing or self.stuck or self.host.paused
+        return self.mode == "primary" and not stands and self.host.up
+
+    def suffer(self, symptom: Symptom) -> None:
+        """From now on; "": no more."""
+        if self.accepting:
+            self.write()
+        self.hung = symptom
+        self.host.world.checks.look(self.host)
 
     @property
     def could_write(self) -> bool:
@@ -93,7 +113,8 @@ class Postgres:
         """As a standby: it never starts otherwise (ADR 002)."""
         self.run += 1
         self.mode, self.following, self.signal = "standby", following, True
-        self.halted = self.frozen = self.closing = False
+        self.halted = self.frozen = self.closing = self.spent = False
+        self.hung = ""
         self.must_be_whole()
         self.host.world.checks.look(self.host)
 
@@ -102,8 +123,8 @@ class Postgres:
         self.run += 1
         if self.mode == "primary" and self.accepting:
             self.write()
-        self.mode = "down"
-        self.halted = self.frozen = self.closing = False
+        self.mode, self.hung = "down", ""
+        self.halted = self.frozen = self.closing = self.spent = False
         self.host.world.checks.look(self.host)
 
     def promote(self, term: int, timeline: int) -> None:
@@ -158,9 +179,9 @@ class Postgres:
         return (
             self.mode == "standby"
             and self.following == there.name
-            and not self.frozen
+            and not (self.frozen or self.stuck)
             and primary.mode == "primary"
-            and not primary.frozen
+            and not (primary.frozen or primary.stuck)
             and here.up
             and there.up
             and not (here.paused or there.paused)
@@ -175,7 +196,7 @@ class Postgres:
 
     def receive(self, primary: Postgres, branch: Branch, end: int) -> None:
         """WAL up to `end` was flushed here; the primary learns it if it still runs."""
-        if self.mode != "standby" or self.following != primary.host.name or self.frozen:
+        if self.mode != "standby" or self.following != primary.host.name or self.frozen or self.stuck:
             return
         if not reaches(branch, end, self.branch, self.end):
             return

@@ -161,6 +161,7 @@ class Fencer:
             latched="operator" if self.latched else None,
             shutdown_lsn=self.shutdown_lsn if proven else None,
             unfinished=pg.unfinished,
+            spent=pg.spent,
         )
 
     # ------------------------------------------------------------ requests

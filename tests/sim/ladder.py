@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.sim.fencer import Fencer
 
+SPENT = 0.7  # how often what cannot be killed is seen to be in the kernel for good
 KILL_SHARE = 0.9  # of fence_timeout: the longest that a kill takes to be proven
 Then = Callable[[bool, int | None], None]
 
@@ -54,7 +55,7 @@ class Ladder:
 
     def _is_down(self, run: int) -> None:
         pg = self._pg
-        if pg.run == run and not (pg.halted or pg.clinging):
+        if pg.run == run and not (pg.halted or pg.clinging or pg.suffers):
             self._ended(True, pg.shut_down())
 
     def _is_late(self) -> None:
@@ -72,6 +73,7 @@ class Ladder:
         if self._over or not self._fencer.current(self._life, self._effect):
             return
         if self._pg.clinging and not self._pg.gone:
+            self._pg.spent = self._host.rng.random() < SPENT
             self._host.later(int(self._fencer.t.stop_ns * 0.2) + 1, self._ended, False, None)
             return
         if not self._pg.gone:

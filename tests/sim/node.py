@@ -24,6 +24,7 @@ from harmony.core.messages import (
     Fatal,
     FencerSeen,
     FencerSilent,
+    HealthSeen,
     Log,
     Marks,
     Order,
@@ -78,6 +79,8 @@ class Host:
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
         self.probe_silent = 0
+        self.disk_hangs = 0  # faults: whoever writes waits, and cannot be killed
+        self.crash_loop = 0  # faults: its backends crash, and it recovers by itself
         self.foreign = 0  # faults: the data directory is another cluster's
         self.frozen_at = 0
         self.others = tuple(n for n in s.names if n != name)
@@ -110,7 +113,7 @@ class Host:
         self.turn_at = 0
         self.shown = -1
         self.probed_ns = 0
-        self.answer: DbSeen | DbSilent | None = None
+        self.answer: tuple[DbSeen | DbSilent, HealthSeen] | None = None
 
     # ------------------------------------------------------------ time
 
@@ -229,7 +232,7 @@ class Host:
 
     def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
-        if pg.run == run and pg.mode == "standby" and not pg.frozen:
+        if pg.run == run and pg.mode == "standby" and not (pg.frozen or pg.stuck):
             pg.count, pg.voters = request.sync.count, request.sync.voters
             pg.promote(term, request.timeline)
             self.fencer.bell()
@@ -366,21 +369,33 @@ class Host:
 
     def _look(self, now_ns: int) -> None:
         """What the fencer and the database say. An answer of the database is folded one turn later."""
-        fencer, pg = self.fencer, self.pg
+        fencer = self.fencer
         if fencer.change != self.shown:
             self.shown = fencer.change
             seen = FencerSeen(fencer.view()) if fencer.alive else FencerSilent("the fencer is not there")
             self.events.append(seen)
         if self.answer is not None:
-            self.events.append(self.answer)
+            self.events += self.answer
             self.answer = None
         if now_ns - self.probed_ns >= self.world.setting.timing.interval_ns // 2:
             self.probed_ns = now_ns
-            if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing:
-                self.answer = DbSilent("no answer")
-            else:
-                timeline, system = pg.branch.timeline, self.system_identifier
-                self.answer = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
+            self.answer = self._ask(now_ns), self._examine(now_ns)
+
+    def _ask(self, now_ns: int) -> DbSeen | DbSilent:
+        pg = self.pg
+        if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing or pg.suffers == "silent":
+            return DbSilent("no answer")
+        return DbSeen(
+            pg.mode, pg.branch.timeline, pg.end, pg.end, pg.streaming, self.system_identifier, now_ns
+        )
+
+    def _examine(self, now_ns: int) -> HealthSeen:
+        pg = self.pg
+        if pg.mode == "down":
+            return HealthSeen(now_ns)
+        symptom = "silent" if self.probe_silent or pg.frozen else "closed" if pg.closing else pg.suffers
+        crashed = self.crash_loop > 0 and self.rng.random() < 0.2
+        return HealthSeen(now_ns, symptom, "the model's", crashed)
 
     def _due(self, v: View, now_ns: int) -> int:
         """When it has something to do of its own."""
