@@ -1,0 +1,208 @@
+"""A primary whose PostgreSQL lives and does nothing: whole clusters on real parts, with a patience of three seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from harmony.demo import procs
+from harmony.demo.client import boottime_ns
+from harmony.demo.cluster import Cluster, ask_status
+from harmony.demo.databases import Node
+from tests.demo.running import Running, under_load
+
+pytestmark = pytest.mark.real
+PATIENCE_S = 3.0
+
+
+class Impatient(Cluster):
+    """Nobody wants to wait for the defaults here."""
+
+    def settings(self, node: Node) -> dict[str, object]:
+        return super().settings(node) | {"sickness": {"patience_s": PATIENCE_S, "disk_free_mb": 0}}
+
+
+class Asynchronous(Impatient):
+    """Nobody is waited for."""
+
+    def settings(self, node: Node) -> dict[str, object]:
+        more = {"replication": {"mode": "off", "maximum_lag_bytes": 16 << 20}}
+        return super().settings(node) | more | {"failover": {"maximum_changes": 0, "restart_budget": 1}}
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    with under_load(Impatient) as found:
+        yield found
+
+
+def leader(running: Running) -> str:
+    return running.cluster.node_at(running.recorders.writer.acks[-1].port)
+
+
+def why(running: Running, name: str) -> str:
+    """What this node's agent says."""
+    reply = ask_status(running.cluster.nodes[name].admin_socket, 1.0)
+    return reply.myself.why if reply is not None else ""
+
+
+def log(running: Running, name: str) -> str:
+    return (running.cluster.nodes[name].folder / "node.log").read_text()
+
+
+def others_write(running: Running, old: str, since_ns: int) -> bool:
+    return any(n != old and running.acks_by(n, since_ns) > 20 for n in running.cluster.nodes)
+
+
+def test_all_of_it_stopped_then_killed_backends(running: Running) -> None:
+    """SIGSTOP to every process: handed over after the patience, nothing lost. A few crashes: nobody moves."""
+    old = leader(running)
+    data_dir = running.cluster.nodes[old].data_dir
+    began = boottime_ns()
+    for process in procs.postgres_of(data_dir):
+        procs.send(process, signal.SIGSTOP)
+    running.until("another accepts writes", lambda: others_write(running, old, began), 20)
+    assert "PostgreSQL is sick, and another can lead" in log(running, old)
+    assert "state T" in log(running, old)
+    new = leader(running)
+    running.until(
+        "the old one is back", lambda: "is a standby again" in why(running, old) or streams(running, new) == 2
+    )
+    at = boottime_ns()
+    for _ in range(2):
+        kill_a_backend(running, new)
+        time.sleep(2.0)
+    running.until("it goes on by itself", lambda: running.acks_by(new, at) > 20)
+    assert leader(running) == new
+    outage_s = running.check(began, new)
+    assert PATIENCE_S < outage_s < PATIENCE_S + 6
+
+
+def streams(running: Running, name: str) -> int:
+    found = running.cluster.streaming()
+    return found[1] if found is not None and found[0] == name else 0
+
+
+def kill_a_backend(running: Running, name: str) -> None:
+    """As the OOM killer does."""
+    with psycopg.connect(running.cluster.conninfo(name, "postgres"), autocommit=True) as link:
+        row = link.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'").fetchone()
+    assert row is not None
+    os.kill(int(row[0]), signal.SIGKILL)
+
+
+def test_without_synchronous_standbys_it_is_restarted_in_place_once(  # the budget
+) -> None:
+    """failover.restart_budget: the first death costs a restart, and no commit; the second a hand-over."""
+    with under_load(Asynchronous) as running:
+        old = leader(running)
+        for expected in (True, False):
+            began = boottime_ns()
+            postmaster = procs.postmaster_of(running.cluster.nodes[old].data_dir)
+            assert postmaster is not None
+            procs.send(postmaster, signal.SIGKILL)
+            if expected:
+                running.until("it writes again", lambda: running.acks_by(old, began) > 20)  # noqa: B023
+                assert leader(running) == old
+                time.sleep(1.0)
+            else:
+                running.until("another writes", lambda: others_write(running, old, began))  # noqa: B023
+
+
+# ---------------------------------------------------------------- a disk that hangs
+
+
+@dataclass(frozen=True)
+class Separate(Node):
+    """Its data directory has a file system of its own."""
+
+    @property
+    def data_dir(self) -> Path:
+        return self.folder / "disk" / "data"
+
+
+class OnDisk(Impatient):
+    """n1's data is on a disk that can hang."""
+
+    @classmethod
+    def prepare(cls, preset: str, base: Path) -> Cluster:
+        made = super().prepare(preset, base)
+        n1 = made.nodes["n1"]
+        made.nodes["n1"] = Separate(n1.name, n1.folder, n1.port)
+        return made
+
+    def lay_out(self) -> None:
+        super().lay_out()
+        (self.nodes["n1"].folder / "disk").mkdir()
+        disk = self.nodes["n1"].folder / "disk"
+        image = self.base / "n1.img"
+        with image.open("wb") as file:
+            file.truncate(600 << 20)
+        run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(image)])
+        run(["mount", "-o", "loop", str(image), str(disk)])
+
+    def stop(self) -> list[psutil.Process]:
+        left = super().stop()
+        disk = self.nodes["n1"].folder / "disk"
+        if disk.is_mount():
+            run(["umount", str(disk)])
+        return left
+
+
+def run(argv: list[str]) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def mended_at_the_end() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that mends and takes away the disk it is told of, when this one closes its input or dies."""
+    script = 'read disk; cat >/dev/null; fsfreeze --unfreeze "$disk"; umount -l "$disk"'
+    keeper = subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield keeper
+    finally:
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait(20)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk that hangs needs root")
+@pytest.mark.skipif(shutil.which("fsfreeze") is None, reason="no fsfreeze (util-linux)")
+def test_a_disk_that_hangs() -> None:
+    """Who waits for it cannot be killed: no proof, yet nothing of it ever runs again, and another leads meanwhile."""
+    with mended_at_the_end() as keeper, under_load(OnDisk) as running:
+        disk = running.cluster.nodes["n1"].folder / "disk"
+        assert keeper.stdin is not None
+        keeper.stdin.write(f"{disk}\n".encode())
+        keeper.stdin.flush()
+        running.until("n1 leads", lambda: leader(running) == "n1")
+        began = boottime_ns()
+        run(["fsfreeze", "--freeze", str(disk)])
+        try:
+            running.until("another accepts writes", lambda: others_write(running, "n1", began), 20)
+            assert "killed, though not gone" in log(running, "n1")
+            held = [
+                p
+                for p in procs.postgres_of(running.cluster.nodes["n1"].data_dir)
+                if p.status() == "disk-sleep"
+            ]
+            assert held, "the disk hangs all the while"
+        finally:
+            run(["fsfreeze", "--unfreeze", str(disk)])
+        new = leader(running)
+        running.until("n1 follows", lambda: streams(running, new) == 2, 60)
+        assert running.check(began, new) < PATIENCE_S + 8
