@@ -52,7 +52,7 @@ HANDOVER_PAUSES = 10  # times failover_timeout, before a hand-over that nobody a
 KEEP_NS = 10 * NS  # how old the marks on disk may grow; a new term is kept at once
 MAX_LOSSES = 8
 START_FAILED = frozenset({406, 808})  # rows
-SICK = frozenset({211, 911})
+SICK = frozenset({211, 405, 807, 911})
 MAX_CHANGES = 32
 
 

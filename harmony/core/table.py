@@ -158,6 +158,11 @@ def _order_why(o: Observation) -> str:
     return f"({o.order_why})" if o.order_why else ""
 
 
+def _activated_sick(o: Observation) -> bool:
+    """Its first answer does not come: nobody has begun to rely on it."""
+    return o.order_op == "activate" and o.order == "done" and o.sick != ""
+
+
 def _rejoins(o: Observation) -> bool:
     settled = o.order != "running" and o.may_order and not o.rejoining
     return o.leads == "other" and not o.stale and o.unable != "" and o.rejoin_due and settled
@@ -344,6 +349,7 @@ TABLE: tuple[Row, ...] = (
     _row(400, S.FENCED, "term is not ours", lambda o: o.lost or o.leads in {"other", "vacant"}, S.YIELDING, "fenced, and the store shows that the term is no longer ours: yielding"),
     _row(402, S.FENCED, "ours, but may not resume", lambda o: _must_vacate(o) and o.fence_proven, S.FENCED, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
     _row(404, S.FENCED, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.HEALTHY, "PostgreSQL is the writable primary again"),
+    _row(405, S.FENCED, "activated, and sick beyond patience", _activated_sick, S.P_FAILED, "activated, and PostgreSQL is sick; fencing again:", "fence", detail=lambda o: o.sick),
     _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence", detail=_order_why),
     _row(407, S.FENCED, "ours, store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.fence_proven, S.FENCED, "ALARM, staying fenced:", detail=lambda o: o.distrust),
     _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.reserved and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
@@ -394,6 +400,7 @@ TABLE: tuple[Row, ...] = (
     _row(802, S.PROMOTING, "latched", lambda o: o.latched, S.DEMOTING, "latched by an operator while promoting; fencing", "fence"),
     _row(804, S.PROMOTING, "lease over or heartbeats failing", lambda o: not o.writing and (o.failing or not o.lease_left), S.DEMOTING, "lost the store while promoting; fencing", "fence"),
     _row(806, S.PROMOTING, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.LEADER, "promoted: PostgreSQL is the writable primary"),
+    _row(807, S.PROMOTING, "activated, and sick beyond patience", _activated_sick, S.DEMOTING, "promoted, and PostgreSQL is sick; fencing:", "fence", detail=lambda o: o.sick),
     _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence", detail=_order_why),
     _row(809, S.PROMOTING, "store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.order_op != "activate", S.PROMOTING, "ALARM, not activating:", detail=lambda o: o.distrust),
     _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.reserved and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),

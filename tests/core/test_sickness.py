@@ -230,6 +230,19 @@ def test_a_sick_standby_is_no_candidate_and_says_so() -> None:
     assert confirms(msgspec.structs.replace(named, sick=Sickness()), me, FAST, T0) == 3
 
 
+@pytest.mark.parametrize(("state", "row"), [(State.FENCED, 405), (State.PROMOTING, 807)])
+def test_what_hangs_right_after_its_activation_is_fenced(state: State, row: int) -> None:
+    """Its first answer is waited for, but not for ever; then somebody else's turn comes."""
+    p = Sick(PATIENT)
+    g = (3, 2)
+    order = SentOrder(g, "activate", p.now)
+    view = replace(p.fencer.view, active=g, highest=g, order=g, order_op="activate", order_state="done")
+    ill = Sickness("silent", "x", 1, 0, ill=True)
+    v = msgspec.structs.replace(p.view, state=state, order=order, db=None, sick=ill)
+    v, _ = step(v, [FencerSeen(view)], p.me, FAST, p.now + NS // 100)
+    assert (v.row, v.postgres_failed, v.restart) == (row, True, False)
+
+
 # ---------------------------------------------------------------- crashes
 
 
