@@ -146,9 +146,11 @@ def waiting_for_disk(postmaster: int) -> bool:
 
 @dataclass(frozen=True)
 class Signs:
-    """What one look has found. `vitals` None: the probe's question was not answered. `greeting` "": none was due."""
+    """What one look has found. `vitals` None: the probe's question was not answered, or (`refused`) by an error.
+    `greeting` "": none was due."""
 
     vitals: Vitals | None
+    refused: str = ""
     greeting: Greeting | Literal[""] = ""
     process: str = ""
     disk_wait: bool = False
@@ -174,11 +176,8 @@ class Diagnosis:
         if self.waited >= WAITING_LOOKS and not self.stuck:
             notes.append("sessions wait for a synchronous standby; the WAL itself gets to the disk")
         symptom, why = self._symptom(s)
-        if s.vitals is None and s.greeting == "full":
-            notes.append(
-                "all connections are used up, and the probe has lost its own: GRANT pg_use_reserved_connections to its "
-                "role (PostgreSQL 16), or raise max_connections"
-            )
+        if s.vitals is None and (s.greeting == "full" or (s.refused and not symptom)):
+            notes.append(f"the probe is refused: {s.refused or 'all connections are used up'}")
         if symptom and s.disk_wait:
             why += "; some of its processes wait for a disk (state D)"
         return HealthSeen(asked_ns, symptom, why, crashed, "; ".join(notes))
@@ -189,7 +188,8 @@ class Diagnosis:
         if s.vitals is None:
             if s.greeting == "starting":
                 return "closed", "it starts, recovers or shuts down, and lets nobody in (57P03)"
-            if s.greeting in {"full", "gone"}:  # busy; and what is gone is the fencer's to see
+            # An error is an answer: connections used up, a wrong password. And what is gone is the fencer's to see.
+            if s.greeting in {"full", "gone"} or (s.greeting == "answered" and s.refused):
                 return "", ""
             new = "takes a new session" if s.greeting == "answered" else "nor a new session"
             return "silent", f"the probe's question is not answered, {new}"
@@ -230,7 +230,7 @@ class Health:
         self._disk_free_mb = disk_free_mb
         self._greeting, self._writing, self._room = Errand(), Errand(), Errand()
         self._greeted_ns = self._roomed_ns = 0
-        self._low = self._refused = ""
+        self._low = self._failed = ""
         self._last: Greeting = "answered"
 
     async def look(self, asked_ns: int, answer: DbSeen | DbSilent, timeout_s: float) -> HealthSeen:
@@ -252,11 +252,12 @@ class Health:
         postmaster = self._greeter.postmaster
         process = process_state(postmaster) if postmaster else ""
         disk_wait = (vitals is None or self._diagnosis.stuck > 0) and waiting_for_disk(postmaster)
-        notes = tuple(n for n in (self._low, self._refused) if n)
-        seen = self._diagnosis.judge(Signs(vitals, greeting, process, disk_wait, notes), asked_ns)
+        notes = tuple(n for n in (self._low, self._failed) if n)
+        refused = self._probe.refused if vitals is None else ""
+        seen = self._diagnosis.judge(Signs(vitals, refused, greeting, process, disk_wait, notes), asked_ns)
         if isinstance(answer, DbSeen) and answer.db == "primary" and self._suspicious():
-            refused = await self._writing.run(self._probe.write, timeout_s)
-            self._refused = refused if refused is not None else self._refused
+            failed = await self._writing.run(self._probe.write, timeout_s)
+            self._failed = failed if failed is not None else self._failed
         return seen
 
     def _suspicious(self) -> bool:

@@ -68,10 +68,12 @@ class Probe:
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
         self._writer: psycopg.Connection[tuple[object, ...]] | None = None
         self.vitals: Vitals | None = None  # of the newest answer
+        self.refused = ""  # what the newest question was answered with instead: an error; "": nothing
         self._busy = False
         self._checkpointing = False
 
     async def ask(self, now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
+        self.refused = ""
         if self._busy:
             return DbSilent("the previous question is still unanswered: PostgreSQL hangs")
         with trio.move_on_after(timeout_s):
@@ -84,7 +86,9 @@ class Probe:
             return self._query(now_ns)
         except psycopg.Error as e:
             self.close()
-            return DbSilent(" ".join(str(e).split())[:300])
+            why = " ".join(str(e).split())[:300]
+            self.refused = "" if isinstance(e, psycopg.errors.ConnectionTimeout) else why
+            return DbSilent(why)
         finally:
             self._busy = False
 

@@ -67,15 +67,17 @@ def test_wal_that_moves_is_no_stall() -> None:
 @pytest.mark.parametrize(
     ("signs", "symptom"),
     [
-        (Signs(None, "silent"), "silent"),
-        (Signs(None, "answered"), "silent"),
-        (Signs(None, "starting"), "closed"),
-        (Signs(None, "full"), ""),
-        (Signs(None, "gone"), ""),
-        (Signs(WELL, "silent"), "closed"),
-        (Signs(WELL, "answered", "S"), ""),
-        (Signs(WELL, "answered", "T"), "stopped"),
-        (Signs(None, "silent", "T"), "stopped"),
+        (Signs(None, "", "silent"), "silent"),
+        (Signs(None, "", "answered"), "silent"),
+        (Signs(None, "wrong password", "answered"), ""),
+        (Signs(None, "wrong password", "silent"), "silent"),
+        (Signs(None, "starting up", "starting"), "closed"),
+        (Signs(None, "too many clients", "full"), ""),
+        (Signs(None, "no such socket", "gone"), ""),
+        (Signs(WELL, "", "silent"), "closed"),
+        (Signs(WELL, "", "answered", "S"), ""),
+        (Signs(WELL, "", "answered", "T"), "stopped"),
+        (Signs(None, "", "silent", "T"), "stopped"),
     ],
 )
 def test_symptoms(signs: Signs, symptom: str) -> None:
@@ -127,6 +129,7 @@ def error(code: bytes) -> bytes:
         (b"N", "answered"),
         (b"", "answered"),
     ],
+    ids=["full", "starting", "not allowed", "session", "no encryption", "closed"],
 )
 def test_a_greeting_is_understood_in_no_language(
     listening: tuple[Target, socket.socket], answer: bytes, greeting: str
@@ -153,8 +156,9 @@ def test_a_greeting_that_is_not_answered_is_not_repeated(listening: tuple[Target
     target, server = listening
     greeter = Greeter(target)
     assert [greeter.greet(0.02, named=False) for _ in range(20)] == ["silent"] * 20
-    server.accept()[0].sendall(b"N")
-    assert greeter.greet(1.0, named=False) == "answered"
+    with server.accept()[0] as link:
+        link.sendall(b"N")
+        assert greeter.greet(1.0, named=False) == "answered"
     server.setblocking(False)
     with pytest.raises(BlockingIOError):
         server.accept()
@@ -196,6 +200,13 @@ class Patient:
         self.target = Target(str(self.node.socket_dir), self.node.port, "harmony", "postgres")
         self.probe = Probe(self.target)
         self.health = self.doctor()
+
+    def close(self) -> None:
+        """Nothing of it is left open."""
+        self.probe.close()
+        self.health._greeter.close()
+        if self.probe._writer is not None:
+            self.probe._writer.close()
 
     def doctor(self, write_probe: WriteProbe = "off", disk_free_mb: int = 0) -> Health:
         data = str(self.node.data_dir)
@@ -259,15 +270,16 @@ def started() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-async def patient(started: Cluster) -> Patient:
+def patient(started: Cluster) -> Iterator[Patient]:
     found = Patient(started)
-    await found.until(lambda seen: seen.symptom == "" and found.probe.vitals is not None)
-    return found
+    yield found
+    found.close()
 
 
 @pytest.mark.real
 async def test_a_stopped_postmaster(patient: Patient) -> None:
     """kill -STOP: old sessions are answered, a client that comes waits for ever."""
+    assert (await patient.look()).symptom == ""
     os.kill(patient.postmaster, signal.SIGSTOP)
     try:
         assert process_state(patient.postmaster) == "T"
@@ -282,6 +294,7 @@ async def test_a_stopped_postmaster(patient: Patient) -> None:
 @pytest.mark.real
 async def test_a_server_that_stands_still(patient: Patient) -> None:
     """Everything of it but the postmaster, and the greeting goes through: its own session is what hangs."""
+    assert (await patient.look()).symptom == ""
     children = [p for p in procs.postgres_of(patient.node.data_dir) if p.pid != patient.postmaster]
     for p in children:
         procs.send(p, signal.SIGSTOP)
@@ -297,6 +310,7 @@ async def test_a_server_that_stands_still(patient: Patient) -> None:
 @pytest.mark.real
 async def test_connections_used_up(patient: Patient) -> None:
     """Busy, not sick: told while the probe has its session, and when it has lost it."""
+    assert (await patient.look()).note == ""
     links = []
     try:
         with contextlib.suppress(psycopg.OperationalError):
@@ -306,7 +320,8 @@ async def test_connections_used_up(patient: Patient) -> None:
         assert (seen.symptom, "connections are used up" in seen.note) == ("", True)
         blind = Patient(patient.cluster)
         seen = await blind.look()
-        assert (seen.symptom, "has lost its own" in seen.note) == ("", True)
+        blind.close()
+        assert (seen.symptom, "the probe is refused: " in seen.note) == ("", True)
     finally:
         for link in links:
             link.close()
@@ -314,8 +329,21 @@ async def test_connections_used_up(patient: Patient) -> None:
 
 
 @pytest.mark.real
+async def test_a_probe_that_may_not_come_in(patient: Patient) -> None:
+    """A role that is not there, or no right to log in, is no reason to fail over."""
+    stranger = Patient(patient.cluster)
+    stranger.target = replace(stranger.target, user="stranger")
+    stranger.probe = Probe(stranger.target)
+    stranger.health = stranger.doctor()
+    seen = await stranger.look()
+    assert (seen.symptom, 'role "stranger" does not exist' in seen.note) == ("", True)
+    stranger.close()
+
+
+@pytest.mark.real
 async def test_a_killed_backend(patient: Patient) -> None:
     """SIGKILL, as by the OOM killer: all sessions end, it recovers by itself; that is a crash, seen once."""
+    assert (await patient.look()).symptom == ""
     for _ in range(2):
         (pid,) = patient.sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")[0]
         os.kill(int(str(pid)), signal.SIGKILL)
@@ -391,6 +419,7 @@ async def test_little_room_is_told(patient: Patient) -> None:
 @pytest.mark.real
 async def test_a_shutdown_that_takes_long(patient: Patient) -> None:
     """A smart shutdown waits for old sessions: the probe's own is answered, nobody else gets in."""
+    assert (await patient.look()).symptom == ""
     data = str(patient.node.data_dir)
     _program(patient.cluster.parts, "pg_ctl", "-D", data, "-W", "-m", "smart", "stop")
     blind = Patient(patient.cluster)
@@ -398,7 +427,8 @@ async def test_a_shutdown_that_takes_long(patient: Patient) -> None:
         seen = await blind.until(lambda s: s.symptom != "")
         assert (seen.symptom, "57P03" in seen.why) == ("closed", True)
     finally:
-        patient.probe.close()
+        patient.close()
         with contextlib.suppress(AssertionError):
             await blind.until(lambda _: procs.postmaster_of(patient.node.data_dir) is None)
+        blind.close()
         _program(patient.cluster.parts, "pg_ctl", "-D", data, "-w", "-l", f"{data}/log", "start")
