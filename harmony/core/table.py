@@ -163,6 +163,11 @@ def _activated_sick(o: Observation) -> bool:
     return o.order_op == "activate" and o.order == "done" and o.sick != ""
 
 
+def _unproven_why(o: Observation) -> str:
+    left = "what is left never runs again" if o.spent else "PostgreSQL may still be writing"
+    return f"{left} {_order_why(o)}"
+
+
 def _rejoins(o: Observation) -> bool:
     settled = o.order != "running" and o.may_order and not o.rejoining
     return o.leads == "other" and not o.stale and o.unable != "" and o.rejoin_due and settled
@@ -343,7 +348,7 @@ TABLE: tuple[Row, ...] = (
     *_leader_rows(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
     _row(301, S.P_FAILED, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.P_FAILED, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
-    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
+    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again;", "fence", detail=_unproven_why),
     _row(304, S.P_FAILED, "no fence under way", _unproven, S.P_FAILED, "ordering a fence", "fence"),
     _row(398, S.FENCED, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"} and o.fence_proven, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(400, S.FENCED, "term is not ours", lambda o: o.lost or o.leads in {"other", "vacant"}, S.YIELDING, "fenced, and the store shows that the term is no longer ours: yielding"),
@@ -410,7 +415,7 @@ TABLE: tuple[Row, ...] = (
     _row(1002, S.DEMOTING, "fence proven, may not resume", lambda o: o.fence_proven and _must_vacate(o), S.DEMOTING, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
     _row(1003, S.DEMOTING, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.DEMOTING, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
     _row(1004, S.DEMOTING, "fence proven, may go on", lambda o: o.fence_proven and (o.leads != "me" or (o.recovered and not o.writing)), S.WATCHING, "the fence is proven: going back to watching"),
-    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
+    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again;", "fence", detail=_unproven_why),
     _row(1008, S.DEMOTING, "no fence under way", _unproven, S.DEMOTING, "ordering a fence", "fence"),
     _row(1100, S.R_FAILED, "good heartbeats again", lambda o: o.recovered, S.WATCHING, "heartbeats are good again: watching"),
 )  # fmt: skip

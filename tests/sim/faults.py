@@ -48,6 +48,7 @@ HOST = {
     "fencer-killed": 5, "postgres-killed": 6, "postgres-restarted": 2, "postgres-clings": 5, "postgres-fails": 3,
     "promotion-fails": 3, "probe-silent": 4, "host-slow": 3, "foreign": 2, "latch": 3, "fencer-brittle": 3,
     "agent-stalls": 5, "disk-slow": 3, "postgres-hangs": 6, "disk-hangs": 3, "backends-crash": 3,
+    "promotion-hangs": 3,
 }  # fmt: skip
 LINK = {
     "cut": 8, "requests-lost": 5, "answers-lost": 5, "watch-dead": 4, "lossy": 6, "acks-lost": 5, "late-writes": 5,
@@ -144,7 +145,7 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
 _SPANS = frozenset(
     {"host-lost", "host-paused", "agent-frozen", "agent-killed", "postgres-clings", "postgres-fails",
      "promotion-fails", "probe-silent", "host-slow", "foreign", "latch", "fencer-brittle", "agent-stalls", "disk-slow",
-     "postgres-hangs", "disk-hangs", "backends-crash", "election",
+     "postgres-hangs", "promotion-hangs", "disk-hangs", "backends-crash", "election",
      "store-down", *LINK}
 )  # fmt: skip
 
@@ -199,6 +200,9 @@ def _end(world: World, f: Fault) -> None:
         case "probe-silent":
             host.probe_silent -= 1
         case "postgres-hangs":
+            pg.suffer("")
+        case "promotion-hangs":
+            host.promotion_hangs -= 1
             pg.suffer("")
         case "disk-hangs":
             _hang_disk(host, -1)
@@ -263,6 +267,8 @@ def _host(world: World, f: Fault) -> bool:
             if pg.gone:
                 return False
             pg.suffer(SYMPTOMS[round(f.amount)])
+        case "promotion-hangs":  # what becomes writable hangs at once, before anybody has asked it anything
+            host.promotion_hangs += 1
         case "disk-hangs":
             _hang_disk(host, 1)
         case "backends-crash":

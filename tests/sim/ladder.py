@@ -49,13 +49,16 @@ class Ladder:
         host, pg, rng = self._host, self._pg, self._host.rng
         host.later(min(left_ns, self._fencer.while_(0.1)), host.pg_close, pg.run)
         took = self._fencer.while_(0.5) + (left_ns if rng.random() < 0.1 else 0)
-        if took < left_ns:
-            host.later(took, self._is_down, pg.run)
+        host.later(took, self._is_down, pg.run)
         host.later(left_ns, self._is_late)
 
     def _is_down(self, run: int) -> None:
         pg = self._pg
-        if pg.run == run and not (pg.halted or pg.clinging or pg.suffers):
+        if pg.run != run or pg.halted:
+            return
+        if pg.clinging or pg.suffers:  # it ends when that is over, whether or not anybody still waits for it
+            self._host.later(self._fencer.t.interval_ns, self._is_down, run)
+        else:
             self._ended(True, pg.shut_down())
 
     def _is_late(self) -> None:

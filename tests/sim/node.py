@@ -78,6 +78,7 @@ class Host:
         self.disk_ns = 0  # faults: what the fencer's disk takes longer
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
+        self.promotion_hangs = 0
         self.probe_silent = 0
         self.disk_hangs = 0  # faults: whoever writes waits, and cannot be killed
         self.crash_loop = 0  # faults: its backends crash, and it recovers by itself
@@ -235,6 +236,8 @@ class Host:
         if pg.run == run and pg.mode == "standby" and not (pg.frozen or pg.stuck):
             pg.count, pg.voters = request.sync.count, request.sync.voters
             pg.promote(term, request.timeline)
+            if self.promotion_hangs:
+                pg.suffer("silent")
             self.fencer.bell()
 
     # ------------------------------------------------------------ the agent's process
@@ -480,5 +483,9 @@ def _beat(r: Register, sent_ns: int, now_ns: int, interval_ns: int, timeout_ns: 
 
 # Rows that stay in their state and are worth a line all the same.
 TOLD = frozenset(
-    str(row) for row in (*range(214, 219), *range(914, 919), 402, 408, 492, 996, 1002, 302, 1006, 718, 810)
+    str(row)
+    for row in (
+        *(*range(214, 219), *range(914, 919), 402, 408, 492, 996, 1002, 302, 1006, 718, 810),
+        *(222, 922, 301, 1003),
+    )
 )

@@ -135,7 +135,7 @@ def plain() -> Setting:
         timing=timing,
         sync_count=1,
         maximum_lag_bytes=1000,
-        policy=Policy(preferred_primary="n1"),
+        policy=Policy(preferred_primary="n1", sick_after_s=10.0),
         nofailover=frozenset(),
         drift=1e-4,
         latency_ns=4 * MS,
