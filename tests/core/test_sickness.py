@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from harmony.core.fold import fold
-from harmony.core.messages import Event, FencerSeen, HealthSeen, Symptom
+from harmony.core.messages import Event, FencerSeen, FencerView, HealthSeen, Symptom
 from harmony.core.node import step
-from harmony.core.observe import barred, confirms, unfit
+from harmony.core.observe import barred, confirms, observe, unfit
 from harmony.core.sickness import WELL_LOOKS
 from harmony.core.states import State
 from harmony.core.table import decide
@@ -228,6 +228,40 @@ def test_a_sick_standby_is_no_candidate_and_says_so() -> None:
     )
     assert confirms(named, me, FAST, T0) == 0
     assert confirms(msgspec.structs.replace(named, sick=Sickness()), me, FAST, T0) == 3
+
+
+def test_what_never_runs_again_gives_the_place_up_and_nothing_else() -> None:
+    """A disk that hangs: no proof, so nothing is started here; yet another need not wait (ADR 015)."""
+    for spent in (False, True):
+        p = Sick(PATIENT)
+        p.ail()
+        p.do(10.2)
+        (fence,) = p.orders
+        up = p.fencer.view
+        failed = replace(up, active=None, lease_deadline_ns=None, highest=fence.generation, spent=spent)
+        g = fence.generation
+        p.fencer = FencerSeen(replace(failed, order=g, order_op="fence", order_state="failed"))
+        p.do(0.2)
+        assert (p.record.primary is None) is spent
+        assert p.view.state is State.P_FAILED, "until the proof"
+        p.do(3.0)
+        assert {o.op for o in p.orders} == {"fence"}
+
+
+def test_spent_counts_of_the_newest_order_only() -> None:
+    """I6: not what an older fence has left, nor what a fencer said that is silent now, nor under a lease."""
+    p = Sick(PATIENT)
+    g = (3, 2)
+    v = msgspec.structs.replace(p.view, order=SentOrder(g, "fence", p.now))
+    view = replace(p.fencer.view, highest=g, active=None, spent=True)
+
+    def spent(view: FencerView, silent: str = "") -> bool:
+        return observe(msgspec.structs.replace(v, fencer=view, fencer_silent=silent), p.me, FAST, p.now).spent
+
+    assert spent(view)
+    assert not spent(replace(view, highest=(3, 1)))
+    assert not spent(replace(view, active=g))
+    assert not spent(view, "no answer")
 
 
 @pytest.mark.parametrize(("state", "row"), [(State.FENCED, 405), (State.PROMOTING, 807)])
