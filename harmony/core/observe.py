@@ -266,6 +266,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     pause = FENCE_PAUSE_NS if v.order is not None and v.order.op == "fence" else ORDER_PAUSE_NS
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
+    fit = _fit(v, me, t, now_ns)
     flapping = losses(v, me, now_ns) > 1
     verdict = candidate.Verdict(ok=False, why="")
     if v.cluster is not None and (who == "vacant" or (who == "other" and is_stale)):
@@ -311,7 +312,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and f.is_standby
         and (who != "other" or f.following == target(v, me)),
         postgres_failed=v.postgres_failed,
-        peer_ready=bool(_fit(v, me, t, now_ns)),
+        peer_ready=bool(fit),
         flapping=flapping,
         term_behind=highest(v)[0] > term,
         latched=f is not None and f.latched is not None,
@@ -344,7 +345,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         may_follow=rejoin.may_follow(v, now_ns),
         sick=sickness.verdict(v, me, now_ns),
         unwell=sickness.unwell(v),
-        heir=me.policy.sick_handover and _heard_enough(v, _fit(v, me, t, now_ns), t, now_ns),
+        heir=me.policy.sick_handover and _heard_enough(v, fit, t, now_ns),
         spent=f is not None
         and not v.fencer_silent
         and f.spent

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,3 +186,73 @@ def test_a_disk_that_hangs() -> None:
         new = leader(running)
         running.until("n1 follows", lambda: streams(running, new) == 2, 60)
         assert running.check(began, new) < PATIENCE_S + 8
+
+
+# ---------------------------------------------------------------- make test-sick: minutes
+
+slow = pytest.mark.skipif(
+    os.environ.get("HARMONY_SICK") != "1", reason="takes minutes: make test-sick runs it"
+)
+
+
+@slow
+def test_busy_is_not_sick() -> None:
+    """W10: VACUUM FULL, checkpoint after checkpoint and bulk loads for 30 s, with a patience of 3 s: nobody moves."""
+    with under_load(Impatient) as running:
+        old, began = leader(running), boottime_ns()
+        where = running.cluster.conninfo(old, "postgres")
+        end = time.monotonic() + 30
+
+        def work(*statements: str) -> None:
+            with psycopg.connect(where, autocommit=True) as link:
+                while time.monotonic() < end:
+                    for statement in statements:
+                        link.execute(statement.encode())
+
+        work_on_it = "INSERT INTO big SELECT n, repeat('x', 400) FROM generate_series(1, 20000) n"
+        with psycopg.connect(where, autocommit=True) as link:
+            link.execute("CREATE TABLE big (n int, t text)")
+        threads = [
+            threading.Thread(target=work, args=statements)
+            for statements in (
+                (work_on_it,),
+                (work_on_it,),
+                ("CHECKPOINT",),
+                ("VACUUM FULL big", "TRUNCATE big"),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert running.record(old).term == 1
+        assert "PostgreSQL is sick" not in log(running, old)
+        running.until("it still writes", lambda: running.acks_by(old, began) > 100)
+        running.check(began, old)
+
+
+@slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+def test_a_disk_that_is_full() -> None:
+    """WAL finds no room: PostgreSQL panics. Another leads, and when there is room again the old one follows."""
+    with mended_at_the_end() as keeper, under_load(OnDisk) as running:
+        disk = running.cluster.nodes["n1"].folder / "disk"
+        assert keeper.stdin is not None
+        keeper.stdin.write(f"{disk}\n".encode())
+        keeper.stdin.flush()
+        running.until("n1 leads", lambda: leader(running) == "n1")
+        began = boottime_ns()
+        filler = disk / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * (1 << 20))
+        with contextlib.suppress(psycopg.Error):
+            with psycopg.connect(running.cluster.conninfo("n1", "postgres"), autocommit=True) as link:
+                for _ in range(100):
+                    link.execute("SELECT pg_switch_wal()")
+                    link.execute("SELECT pg_logical_emit_message(true, 'x', repeat('y', 1000000))")
+        running.until("another accepts writes", lambda: others_write(running, "n1", began), 60)
+        filler.unlink()
+        new = leader(running)
+        running.until("n1 follows", lambda: streams(running, new) == 2, 90)
+        running.check(began, new)
