@@ -180,7 +180,8 @@ class Diagnosis:
             notes.append(f"the probe is refused: {s.refused or 'all connections are used up'}")
         if symptom and s.disk_wait:
             why += "; some of its processes wait for a disk (state D)"
-        return HealthSeen(asked_ns, symptom, why, crashed, "; ".join(notes))
+        blind = s.vitals is None and not symptom and s.greeting != "gone"
+        return HealthSeen(asked_ns, symptom, why, blind, crashed, "; ".join(notes))
 
     def _symptom(self, s: Signs) -> tuple[Literal["", "silent", "closed", "stopped", "stalled"], str]:
         if s.process in {"T", "t"}:

@@ -135,7 +135,8 @@ def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
         if died and not v.postgres_failed:
             v = sickness.crashed(v, now_ns)
             # A synchronous standby takes over at once and loses nothing; an asynchronous one may.
-            v = replace(v, restart=not me.sync_count and sickness.within_budget(v, me, now_ns))
+            waited_for = v.cluster is not None and v.cluster.sync_count > 0
+            v = replace(v, restart=not waited_for and sickness.within_budget(v, me, now_ns))
         v = replace(v, db=None, sick=Sickness(), postgres_failed=v.postgres_failed or died)
     return v
 

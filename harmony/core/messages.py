@@ -173,13 +173,14 @@ class DbSilent:
 class HealthSeen:
     """What a look at the local PostgreSQL's health has found. `asked_ns` is before it, `why` the evidence in words.
 
-    `crashed`: since the look before, it has restarted itself after a crash of one of its processes.
-    `note`: what people should know and nothing is done about.
+    `blind`: it was answered by an error, which says neither. `crashed`: since the look before, it has restarted itself
+    after a crash of one of its processes. `note`: what people should know and nothing is done about.
     """
 
     asked_ns: int
     symptom: Symptom = ""
     why: str = ""
+    blind: bool = False
     crashed: bool = False
     note: str = ""
 

@@ -344,7 +344,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         rejoin_why=rejoin.why(v, now_ns),
         may_follow=rejoin.may_follow(v, now_ns),
         sick=sickness.verdict(v, me, now_ns),
-        unwell=sickness.unwell(v),
+        unwell=sickness.unwell(v, me, now_ns),
         heir=me.policy.sick_handover and _heard_enough(v, fit, t, now_ns),
         spent=f is not None
         and not v.fencer_silent

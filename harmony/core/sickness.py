@@ -13,6 +13,7 @@ from harmony.core.states import WRITABLE_STATES
 from harmony.core.view import Identity, Sickness, View
 
 WELL_LOOKS = 3  # good ones in a row that end an illness
+UNWELL_SHARE = 0.25  # of the patience: before that a symptom is not even told
 MAX_CRASHES = 101  # one more than the largest budget
 FLOWING = frozenset({"silent", "stalled"})  # WAL that others receive speaks against these
 
@@ -25,6 +26,8 @@ def looked(v: View, e: HealthSeen, me: Identity, now_ns: int) -> View:
     if e.crashed:
         v = crashed(v, now_ns)
     s = v.sick
+    if e.blind:
+        return v
     if not e.symptom:
         well = s.well + 1
         cured = not s.ill or well >= WELL_LOOKS
@@ -71,6 +74,8 @@ def verdict(v: View, me: Identity, now_ns: int) -> str:
     return ""
 
 
-def unwell(v: View) -> str:
-    """A symptom that has not outlasted the patience; "": there is none."""
-    return f"{v.sick.symptom}: {v.sick.why}" if v.sick.since_ns and not v.sick.ill else ""
+def unwell(v: View, me: Identity, now_ns: int) -> str:
+    """A symptom that lasts, and has not outlasted the patience; "": there is none. Moments are not told."""
+    s = v.sick
+    lasts = s.since_ns > 0 and now_ns - s.since_ns >= me.policy.sick_after_ns * UNWELL_SHARE
+    return f"{s.symptom}: {s.why}" if lasts and not s.ill else ""

@@ -223,8 +223,9 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             "PostgreSQL died",
             lambda o: o.fencer_known and not o.postgres_up,
             down,
-            "PostgreSQL died; fencing what is left of it, then handing over",
+            "PostgreSQL died; fencing what is left of it,",
             "fence",
+            detail=lambda o: "then restarting it here" if o.restart_here else "then handing over",
         ),
         _row(
             base + 6,

@@ -87,6 +87,7 @@ def test_symptoms(signs: Signs, symptom: str) -> None:
     assert (first.symptom, first.why) == (second.symptom, second.why)
     assert first.symptom == symptom
     assert bool(first.why) == bool(symptom)
+    assert first.blind is (signs.vitals is None and symptom == "" and signs.greeting != "gone")
 
 
 def test_a_crash_that_was_recovered_from_is_seen_once() -> None:

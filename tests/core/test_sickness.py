@@ -27,10 +27,11 @@ class Sick(Leading):
 
     symptom: Symptom = ""
     why = "hangs"
+    blind = False
 
     def at_each_tick(self) -> list[Event]:
         """A look, of that moment."""
-        return [HealthSeen(self.now, self.symptom, self.why if self.symptom else "")]
+        return [HealthSeen(self.now, self.symptom, self.why if self.symptom else "", self.blind)]
 
     def ail(self, symptom: Symptom = "silent") -> None:
         self.symptom = symptom
@@ -196,6 +197,33 @@ def test_an_illness_ends_with_some_good_looks_in_a_row() -> None:
     p.do(0.05 * (WELL_LOOKS + 1))
     assert not p.view.sick.ill
     assert p.view.row not in {222, 224}
+
+
+def test_an_error_is_neither_good_nor_bad() -> None:
+    """A probe that is refused: it ends no symptom, and begins none; a crash loop is full of such looks."""
+    p = Sick(PATIENT)
+    for n in range(12):
+        p.ail()
+        p.do(0.5)
+        p.symptom, p.blind = "", True
+        p.do(0.5)
+        p.blind = False
+        assert p.fenced is (n >= 10), n
+    q = Sick(PATIENT)
+    q.blind = True
+    q.do(30.0)
+    assert q.orders == []
+    assert q.view.sick == Sickness()
+
+
+def test_moments_are_not_told() -> None:
+    """Else a busy server's log says nothing else."""
+    p = Sick(PATIENT)
+    p.ail()
+    p.do(2.0)
+    assert p.view.row != 224
+    p.do(1.0)
+    assert p.view.row == 224
 
 
 def test_a_look_from_before_an_order_says_nothing_of_what_it_did() -> None:

@@ -398,7 +398,7 @@ class Host:
             return HealthSeen(now_ns)
         symptom = "silent" if self.probe_silent or pg.frozen else "closed" if pg.closing else pg.suffers
         crashed = self.crash_loop > 0 and self.rng.random() < 0.2
-        return HealthSeen(now_ns, symptom, "the model's", crashed)
+        return HealthSeen(now_ns, symptom, "the model's", crashed=crashed)
 
     def _due(self, v: View, now_ns: int) -> int:
         """When it has something to do of its own."""
