@@ -61,6 +61,11 @@ class Ladder:
         else:
             self._ended(True, pg.shut_down())
 
+    def _runs_on(self, run: int) -> None:
+        if self._pg.run == run and not self._pg.gone:
+            self._pg.frozen = False
+            self._host.world.checks.look(self._host)
+
     def _is_late(self) -> None:
         if not self._over and self._fencer.current(self._life, self._effect):
             self._kill()
@@ -77,6 +82,8 @@ class Ladder:
             return
         if self._pg.clinging and not self._pg.gone:
             self._pg.spent = self._host.rng.random() < SPENT
+            if self._pg.spent and not self._host.world.rules.spent_never_runs:
+                self._host.later(8 * self._fencer.t.stop_ns, self._runs_on, self._pg.run)
             self._host.later(int(self._fencer.t.stop_ns * 0.2) + 1, self._ended, False, None)
             return
         if not self._pg.gone:
