@@ -60,6 +60,7 @@ class Ladder:
             self._host.later(self._fencer.t.interval_ns, self._is_down, run)
         else:
             self._ended(True, pg.shut_down())
+            self._fencer.bell()  # it is watched, whoever has wanted that
 
     def _runs_on(self, run: int) -> None:
         if self._pg.run == run and not self._pg.gone:
