@@ -154,6 +154,7 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             "state_dir": c.node.state_dir,
             "run_dir": c.node.run_dir,
             "log_format": c.log.format,
+            "synchronous": c.replication.mode != "off",
             "rejoin": {
                 "clone": c.rejoin.clone,
                 "keep_old": c.rejoin.keep_old,

@@ -11,8 +11,6 @@ from harmony_fencer.log import log
 from harmony_fencer.protocol import Rung, SyncRule
 from harmony_fencer.watchdog import Watchdog
 
-ASYNC_RULE = SyncRule(0, ())  # of whoever does not lead
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -107,8 +105,11 @@ class Engine(Protocol):
     async def mark_standby(self) -> None:
         """Make it a standby at its next start, durably. Raises OSError."""
 
-    async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
-        """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError."""
+    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
+        """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError.
+
+        `sync` None: whatever it commits waits, for ever; of a standby.
+        """
 
     async def start(self) -> None:
         """Start as a standby and wait until it answers. Raises PostgresError, OSError."""

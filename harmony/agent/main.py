@@ -116,7 +116,7 @@ def patience_s(config: Config) -> float:
 def identity(config: Config) -> Identity:
     """What the core must know of this node and does not change."""
     f = config.failover
-    count = config.replication.synchronous_count if config.replication.mode == "quorum" else 0
+    count = config.replication.synchronous_count if config.replication.mode != "off" else 0
     return Identity(
         node=config.node.name,
         cluster_id=config.cluster.id,
@@ -143,6 +143,7 @@ def identity(config: Config) -> Identity:
             restart_budget=f.restart_budget,
             restart_window_s=f.restart_window_s,
         ),
+        sync_mode=config.replication.mode,
     )
 
 

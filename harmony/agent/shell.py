@@ -32,6 +32,7 @@ from harmony.core.messages import (
     Fatal,
     Log,
     MemberSeen,
+    Nudge,
     Order,
     Read,
     ReadFailed,
@@ -42,6 +43,7 @@ from harmony.core.messages import (
     Renew,
     Stop,
     StoreSeen,
+    TellRule,
     Write,
     WriteDone,
 )
@@ -159,8 +161,16 @@ class Shell:
             answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)
             self.post(answer)
             self.post(await self._health.look(started, answer, self._timing.heartbeat_timeout_s))
-            left = self._timing.heartbeat_interval_s / 2 - (boot_ns() - started) / NS
-            await trio.sleep(max(0.05, left))
+            r = self._view.ruling
+            pause_s = self._timing.heartbeat_interval_s / 2
+            if r is not None and r.taken_ns and r.worst != r.told:
+                pause_s = 0.0  # commits may be waiting for the next step
+            await trio.sleep(max(0.05, pause_s - (boot_ns() - started) / NS))
+
+    async def _nudge(self) -> None:
+        why = await self._probe.nudge(self._timing.lease_s)
+        if why:
+            log.warning("no commit of our own could be begun to see it wait", why=why)
 
     async def _checkpoint(self) -> None:
         started = boot_ns()
@@ -208,7 +218,7 @@ class Shell:
                 term = self._view.cluster.term if self._view.cluster is not None else 0
                 level = log.info if before == after else log.warning
                 level("decision", row=row, before=before, after=after, why=why, term=term)
-            case Order() | Renew():
+            case Order() | Renew() | TellRule():
                 self._link.send(command)
             case Write():
                 nursery.start_soon(self._write, command)
@@ -218,6 +228,8 @@ class Shell:
                 nursery.start_soon(self._refresh, command)
             case Checkpoint():
                 nursery.start_soon(self._checkpoint)
+            case Nudge():
+                nursery.start_soon(self._nudge)
             case Fatal(why=why):
                 self._fatal = why
             case Remember(marks=marks):

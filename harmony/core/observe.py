@@ -148,7 +148,9 @@ def unfit_by(c: ClusterState | None, m: Member | None, name: str) -> str:
         return f"{name} {'distrusts the store' if m.distrust else 'has no fencer'}"
     if m.db != "standby" or m.timeline < c.timeline:
         return f"{name} does not run as a standby on timeline {c.timeline}"
-    if c.sync_count and name not in c.sync_voters:
+    if c.sync_voters and not c.sync_count:
+        return f"commits wait for nobody now, and {name} may lack some"
+    if c.sync_voters and name not in c.sync_voters:
         return f"{name} is not one of the recorded synchronous standbys"
     return ""
 
@@ -361,13 +363,13 @@ def _fit(v: View, me: Identity, t: Timing, now_ns: int) -> list[str]:
     if c is None or stopped(v, me):
         return []
     fit = [n for n in me.members if n != me.node and not unfit(v, n, t, now_ns)]
-    return [n for n in fit if c.sync_count or c.lsn - v.members[n].received_lsn <= me.maximum_lag_bytes]
+    return [n for n in fit if c.sync_voters or c.lsn - v.members[n].received_lsn <= me.maximum_lag_bytes]
 
 
 def _heard_enough(v: View, fit: list[str], t: Timing, now_ns: int) -> bool:
     """Whether one of `fit` will be eligible: with quorum, so many standbys must tell their final positions."""
     c = v.cluster
-    if c is None or not c.sync_count:
+    if c is None or not c.sync_voters:
         return bool(fit)
     heard = [n for n in c.sync_voters if alive(v, n, t, now_ns) and v.members[n].db == "standby"]
     return bool(fit) and len(heard) > len(c.sync_voters) - c.sync_count

@@ -27,6 +27,7 @@ from harmony.core.messages import (
     HealthSeen,
     Log,
     Marks,
+    Nudge,
     Order,
     Read,
     Refresh,
@@ -35,6 +36,7 @@ from harmony.core.messages import (
     Renew,
     Retiring,
     Stop,
+    TellRule,
     Write,
 )
 from harmony.core.node import initial, step
@@ -82,6 +84,7 @@ class Host:
         self.probe_silent = 0
         self.disk_hangs = 0  # faults: whoever writes waits, and cannot be killed
         self.crash_loop = 0  # faults: its backends crash, and it recovers by itself
+        self.fsync = 0  # faults: its checkpointer is in one, and does nothing else
         self.foreign = 0  # faults: the data directory is another cluster's
         self.frozen_at = 0
         self.others = tuple(n for n in s.names if n != name)
@@ -95,6 +98,7 @@ class Host:
             preferred=s.policy.preferred_primary == name,
             members=s.names,
             sync_count=s.sync_count,
+            sync_mode=s.sync_mode,
             maximum_lag_bytes=s.maximum_lag_bytes,
             nofailover=name in s.nofailover,
             priority=100,
@@ -234,7 +238,6 @@ class Host:
     def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
         if pg.run == run and pg.mode == "standby" and not (pg.frozen or pg.stuck):
-            pg.count, pg.voters = request.sync.count, request.sync.voters
             pg.promote(term, request.timeline)
             if self.promotion_hangs:
                 pg.suffer("silent")
@@ -354,7 +357,7 @@ class Host:
         self.world.rows[self.view.row] = self.world.rows.get(self.view.row, 0) + 1
         if (
             not self.world.rules.dated_from_send
-            and before.cluster is not self.view.cluster is before.lead_record
+            and before.cluster is not self.view.cluster in before.lead_records
         ):
             commands = self._dated_from_now(commands, now)
         for c in commands:
@@ -388,9 +391,9 @@ class Host:
         pg = self.pg
         if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing or pg.suffers == "silent":
             return DbSilent("no answer")
-        return DbSeen(
-            pg.mode, pg.branch.timeline, pg.end, pg.end, pg.streaming, self.system_identifier, now_ns
-        )
+        timeline, system = pg.branch.timeline, self.system_identifier
+        seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
+        return self._of_a_primary(seen) if pg.mode == "primary" and self.me.sync_count else seen
 
     def _examine(self, now_ns: int) -> HealthSeen:
         pg = self.pg
@@ -399,6 +402,13 @@ class Host:
         symptom = "silent" if self.probe_silent or pg.frozen else "closed" if pg.closing else pg.suffers
         crashed = self.crash_loop > 0 and self.rng.random() < 0.2
         return HealthSeen(now_ns, symptom, "the model's", crashed=crashed)
+
+    def _of_a_primary(self, seen: DbSeen) -> DbSeen:
+        pg, rules = self.pg, self.world.rules
+        pg.hear_of_standbys()
+        senders = pg.waiting.walsenders()
+        waiting = pg.waiting.waiting or not rules.waiting_is_seen
+        return replace(seen, names=pg.waiting.names, walsenders=senders, waiting=waiting)
 
     def _due(self, v: View, now_ns: int) -> int:
         """When it has something to do of its own."""
@@ -436,6 +446,11 @@ class Host:
                     world.at(self.stall_ns, self.let_agent_go)
             case Renew():
                 self.later(int(TALK_NS * self.rng.random()), self.fencer.renew, command)
+            case TellRule(number=number, rule=rule):
+                world.say(f"{self.name} tells rule {number}: {rule}")
+                self.later(int(TALK_NS * self.rng.random()), self.fencer.ordered, command)
+            case Nudge():
+                self.later(int(TALK_NS * self.rng.random()), self.pg.write)
             case Write():
                 world.store.write(self, command)
             case Read():

@@ -42,6 +42,8 @@ class Rules:
     spent_never_runs: bool = (
         True  # else what a fence has left, and calls dead to the world, runs on after a while
     )
+    standbys_hold: bool = True  # no commit of a standby that is promoted goes without a rule
+    waiting_is_seen: bool = True  # that commits wait again is seen, not assumed
     dated_from_send: bool = True  # else a heartbeat counts from its acknowledgement
 
 
@@ -101,6 +103,8 @@ class World:
         while not self.checks.all_back() and self.now < end_ns:
             self._on(self.now + s.timing.failover_ns)
         self.checks.back_at_the_end()
+        self._on(self.now + s.calm_ns)
+        self.checks.writes_go_on()
 
     def script(self, end_s: float) -> None:
         """The faults alone, until then."""
