@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-vm sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -81,6 +81,10 @@ fuzz: $(STAMP)
 # A real watchdog device resets a real (emulated) machine: needs apt-get and qemu-system-x86; two minutes.
 test-vm: $(STAMP)
 	HARMONY_VM=1 $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
+
+# Whole clusters that are busy, or whose disk is full: minutes (docs/sickness.md).
+test-sick: $(STAMP)
+	HARMONY_SICK=1 $(BIN)/python -m pytest tests/demo/test_sickness.py $(PYTEST_ARGS)
 
 # More of the simulation than `make test` has: make sim SEEDS=2000, or make sim HOURS=5000.
 SEEDS ?= 0

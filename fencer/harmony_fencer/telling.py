@@ -27,6 +27,7 @@ class Memory:
     system_identifier: str | None
     timeline: int
     change: int
+    spent: bool
 
 
 def status(c: FencerConfig, ledger: Ledger, parts: Parts, watchdog: Policy, m: Memory) -> Status:
@@ -63,4 +64,5 @@ def status(c: FencerConfig, ledger: Ledger, parts: Parts, watchdog: Policy, m: M
         unfinished=engine.rejoin.unfinished,
         cannot_rewind=engine.rejoin.cannot_rewind,
         change=m.change,
+        spent=m.spent,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from harmony.core import register, ruling
+from harmony.core import register, ruling, sickness
 from harmony.core.messages import (
     Accepted,
     CheckpointDone,
@@ -20,6 +20,7 @@ from harmony.core.messages import (
     FencerSeen,
     FencerSilent,
     FencerView,
+    HealthSeen,
     Marks,
     MemberSeen,
     OrderRefused,
@@ -35,7 +36,7 @@ from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.sync import Rule
 from harmony.core.timing import Timing
-from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
+from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine
 from harmony.records import CLUSTER_STATE
 
 LASTING = 10  # answers in a row that say `streaming`: it has come back for good
@@ -87,8 +88,10 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), v.db, e, now_ns)
         case DbSilent():
             return v
+        case HealthSeen():
+            return sickness.looked(v, e, me, now_ns)
         case FencerSeen(view=f):
-            return _rejoin_seen(_fencer_seen(v, f, now_ns), f, now_ns)
+            return _rejoin_seen(_fencer_seen(v, f, me, now_ns), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case CheckpointDone():
@@ -132,7 +135,7 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
     return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
 
 
-def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
+def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
     if v.ruling is not None:
         v = replace(v, ruling=ruling.fencer_seen(v.ruling, f, now_ns))
@@ -143,7 +146,12 @@ def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven
-        v = replace(v, db=None, postgres_failed=v.postgres_failed or died)
+        if died and not v.postgres_failed:
+            v = sickness.crashed(v, now_ns)
+            # A synchronous standby takes over at once and loses nothing; an asynchronous one may.
+            waited_for = v.cluster is not None and v.cluster.sync_count > 0
+            v = replace(v, restart=not waited_for and sickness.within_budget(v, me, now_ns))
+        v = replace(v, db=None, sick=Sickness(), postgres_failed=v.postgres_failed or died)
     return v
 
 
