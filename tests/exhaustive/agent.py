@@ -286,9 +286,8 @@ def act(
     if NOW + RETRY_NS < node.view.refreshing_until_ns <= NOW + s.timing.timeout_ns:
         events = [RefreshDone(ok=False), *events]  # a read that nobody has answered
     m.run(events)
-    lead, names = normal.named(m.view.lead, f"{name}-")
-    own, _ = normal.named(m.view.own, "m")
-    view = normal.view(replace(m.view, lead=lead, own=own), name, s.timing)
+    seen, names = normal.numbered(m.view, name)
+    view = normal.view(seen, name, s.timing)
     request = m.request
     if request is not None and request.attempt is not None:
         id_ = names.get(request.attempt.id)

@@ -124,6 +124,14 @@ def named(r: Register, prefix: str) -> tuple[Register, dict[str, str]]:
     return replace(r, pending=tuple(Attempt(names[a.id], a.sent_ns) for a in r.pending)), names
 
 
+def numbered(v: View, node: str) -> tuple[View, dict[str, str]]:
+    """With the pending attempts numbered anew; also those of cluster_state, old names by new ones."""
+    lead, names = named(v.lead, f"{node}-")
+    own, _ = named(v.own, "m")
+    records = tuple(replace(r, attempt=names[r.attempt]) for r in v.lead_records if r.attempt in names)
+    return replace(v, lead=lead, own=own, lead_records=records), names
+
+
 def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View:
     """The normal form `shift_ns` later and `by` revisions of cluster_state later."""
     past = partial(_past, shift_ns=shift_ns)
@@ -149,7 +157,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
             done_ns=past(order.done_ns, 2) if order.done_ns else 0,
             refused="refused" if order.refused else "",
         )
-    record = v.lead_record if v.lead.running else None
+    records = v.lead_records if v.lead.running else ()
     return replace(
         v,
         row=0,
@@ -163,7 +171,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         first_seen_ns=past(v.first_seen_ns, t.settle_ns / UNIT),
         silent_from_ns=past(v.silent_from_ns, quiet),
         lead=_register(v.lead, shift_ns, by),
-        lead_record=cluster(record) if record is not None else None,
+        lead_records=tuple(replace(cluster(r), attempt=r.attempt) for r in records),
         lead_sent_ns=past(v.lead_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
         lease_until_ns=past(v.lease_until_ns, 0),
         reserving=min(v.reserving, 1),

@@ -60,9 +60,8 @@ def samples() -> list[tuple[str, View, Host, Store]]:
 def _raw(node: Node, name: str, store: Store, streams: bool, late: bool) -> tuple[View, Host, Store]:
     m = Moment(node, name, store, streams, SETTING, late)
     m.run([])
-    lead, _ = normal.named(m.view.lead, f"{name}-")
-    own, _ = normal.named(m.view.own, "m")
-    return replace(m.view, lead=lead, own=own, counter=COUNTER), m.host, m.store
+    seen, _ = normal.numbered(m.view, name)
+    return replace(seen, counter=COUNTER), m.host, m.store
 
 
 def _events(
