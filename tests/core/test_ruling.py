@@ -52,7 +52,8 @@ class Leader:
         self.voters: set[str] = set(told.voters)
         self.more: tuple[Walsender, ...] = ()
         self.deaf = False  # the store, to a record with another rule
-        self.latched = ""  # a standby
+        self.unfit = ""  # a standby, and why
+        self.unfit_by: dict[str, object] = {}
         self.refuses = False  # the fencer
         self.silent = False  # the database
         self.told: list[Rule] = []
@@ -73,7 +74,8 @@ class Leader:
         ]  # fmt: skip
         for n in ("n2", "n3"):
             if n not in self.dead:
-                events.append(MemberSeen(n, member(n, latched=n == self.latched), self.now, EPOCH + self.now))
+                record = member(n, **(self.unfit_by if n == self.unfit else {}))
+                events.append(MemberSeen(n, record, self.now, EPOCH + self.now))
         if not self.silent:
             self.lsn += 10
             senders = tuple(
@@ -286,10 +288,13 @@ def test_without_answers_of_the_database_nothing_changes() -> None:
     assert (leader.told, leader.recorded) == ([], [])
 
 
-def test_who_may_not_lead_confirms_only_where_nobody_else_does() -> None:
+@pytest.mark.parametrize(
+    "why", [{"latched": True}, {"nofailover": True}, {"sick": "its postmaster is stopped"}]
+)
+def test_who_may_not_lead_confirms_only_where_nobody_else_does(why: dict[str, object]) -> None:
     leader = Leader()
     leader.run(6)
-    leader.latched = "n3"
+    leader.unfit, leader.unfit_by = "n3", why
     leader.run(3)
     assert leader.told == [ONLY2]
     leader.dead = {"n2"}
