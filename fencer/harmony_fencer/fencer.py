@@ -61,8 +61,7 @@ class Fencer:
         self._c = config
         self._engine, self._clock = parts.engine, parts.clock
         marker = Path(config.run_dir) / "watchdog.armed"
-        mode, timeout_s = config.watchdog_mode, config.watchdog_timeout_s
-        self.watchdog = Policy(mode, timeout_s, parts.watchdog, marker)
+        self.watchdog = Policy(config.watchdog_mode, config.watchdog_timeout_s, parts.watchdog, marker)
         self._boot_id, self._utc_now = parts.boot_id, parts.utc_now
         self._ledger = Ledger(config, parts.boot_id)
         self._active: Generation | None = None
@@ -102,6 +101,8 @@ class Fencer:
             await self._carry_on()
         elif self._ledger.untrusted:
             await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted)
+        elif self.adopting:
+            log.warning("PostgreSQL is to be adopted: it runs on, and no lease guards it yet")
         elif pids and (self.could_write or not self._running or await self._engine.in_production()):
             await self.fence_by_itself("at start: PostgreSQL could write and there is no valid lease")
         elif not pids:
@@ -120,12 +121,10 @@ class Fencer:
     async def mark_standby(self) -> None:
         """What is down must start as a standby. One that began meanwhile may not have seen the mark."""
         try:
-            with trio.move_on_after(1.0) as scope:
+            with trio.fail_after(1.0):
                 await self._engine.mark_standby()
-            if scope.cancelled_caught:
-                log.error("standby.signal could not be written in time: is the disk hung?")
-        except OSError as e:
-            log.error("standby.signal could not be written", why=str(e))
+        except (OSError, trio.TooSlowError) as e:
+            log.error("standby.signal could not be written", why=str(e) or "not in time: is the disk hung?")
         if not self.busy and look(self._engine)[0]:
             await self.fence_by_itself("PostgreSQL was started while it was being marked as a standby")
 
@@ -144,7 +143,7 @@ class Fencer:
         """End what could write, cleanly while the lease lasts; a standby is left running. Orders end here, too."""
         self._retiring = True
         async with self._accepting:
-            while self._active is not None or (look(self._engine)[0] and self.could_write):
+            while self._active or (look(self._engine)[0] and self.could_write and not self.adopting):
                 await self.fence_by_itself("the fencer was asked to stop", clean=True)
                 await self._effects.end(cancel=False)
             await self._effects.end(cancel=not self.engaged)
@@ -176,6 +175,11 @@ class Fencer:
         return self._may_write or self._engine.halted or self._engine.could_write()
 
     @property
+    def adopting(self) -> bool:
+        """What may write without a lease, for now: an operator's permit is in force (adopt.py)."""
+        return self._ledger.permits(self._engine)
+
+    @property
     def busy(self) -> bool:
         return self._effects.busy
 
@@ -203,12 +207,11 @@ class Fencer:
         """One request's reply. Nothing of a refused request has any effect."""
         if isinstance(request, Renew):
             return self._renew(request, peer)  # never waits: no disk but run_dir's, no lock
+        verdict = admit(self._facts(), request, peer, self._clock.now_ns())
         if not isinstance(request, Activate | Fence | Follow | Rejoin | OperatorFence | Unfence):
-            verdict = admit(self._facts(), request, peer, self._clock.now_ns())
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
             return verdict if isinstance(verdict, Refusal) else self.status()
-        verdict = admit(self._facts(), request, peer, self._clock.now_ns())
         is_fence = isinstance(request, Fence | OperatorFence) and isinstance(verdict, NewOrder)
         if is_fence and self._patience is not None:
             self._patience.cancel()  # no fence waits for the disk of another order
@@ -370,9 +373,8 @@ class Fencer:
         began = self._clock.now_ns()
         outcome = await self._stop(clean_until_ns)
         state = "done" if outcome.proven else "failed"
-        await self._finish(
-            msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs), began
-        )
+        told = msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs)
+        await self._finish(told, began)
         if not outcome.proven:
             await self._until_proven(f"the fence {record.generation} was not proven", 0)
 
@@ -397,9 +399,7 @@ class Fencer:
                 await self._engine.reload()
             if self._engine.is_standby():  # else writable already, under the lease before this one
                 if self._clock.now_ns() >= self._deadline_ns or self._ledger.latched:
-                    raise PostgresError(
-                        "before the promotion the lease was over, or an operator fenced this node"
-                    )
+                    raise PostgresError("the lease ended, or the node was fenced, before the promotion")
                 self._timeline = await self._engine.promote(request.timeline)
             else:
                 self._timeline = self._engine.timeline()
@@ -447,8 +447,8 @@ class Fencer:
         while True:
             outcome = await self._stop(clean_until_ns)
             state: OrderState = "done" if outcome.proven else "failed"
-            rungs = outcome.rungs
-            self._self_fence = SelfFence(reason, began, state, outcome.detail, outcome.took_ms, rungs)
+            told = (outcome.detail, outcome.took_ms, outcome.rungs)
+            self._self_fence = SelfFence(reason, began, state, *told)
             self._bell.ring()
             level = log.warning if outcome.proven else log.error
             level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))
@@ -489,6 +489,7 @@ class Fencer:
             system_identifier=self._system_identifier,
             timeline=self._timeline,
             latch=self._ledger.latch,
+            adopting=self.adopting,
             held_by=self._engine.where,
             watchdog=str(self.watchdog),
             cannot_lead=self.watchdog.cannot_lead,

@@ -212,6 +212,13 @@ class Postgres:
         where: Path,
         timeline: str = "latest",
     ) -> None:
+        for path, content, mode in self._wanted(primary, sync, testimony, where, timeline):
+            change.write(path, content, mode=mode)
+
+    def _wanted(
+        self, primary: str | None, sync: SyncRule, testimony: bytes, where: Path, timeline: str = "latest"
+    ) -> list[tuple[Path, bytes, int]]:
+        """The files of a configuration, with their modes. Raises PostgresError: it would not be read, or overridden."""
         if not Path(self._c.config_file).exists():
             raise PostgresError(
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
@@ -223,15 +230,43 @@ class Postgres:
                 f"{auto} sets {clash}, which would override Harmony: "
                 f"ALTER SYSTEM RESET {clash}, or delete that line while PostgreSQL is down"
             )
-        if self._c.run == "systemd":
+        since_before = self._runs_since_before()
+        included = self._c.run != "systemd" and (since_before or (where / settings.INCLUDED).exists())
+        name = settings.INCLUDED if included else settings.CONF
+        files = [(where / WITNESS, testimony, 0o600)]
+        if self._c.run == "systemd" or since_before:
             try:
-                wanted = settings.drop_in(self._c)
+                found = settings.drop_in(self._c, name)
             except ValueError as e:
-                raise PostgresError(str(e)) from e
-            if wanted is not None:
-                change.write(wanted[0], wanted[1].encode(), mode=0o644)
-        change.write(where / WITNESS, testimony)
-        change.write(where / settings.CONF, settings.render(self._c, primary, sync, timeline).encode())
+                if self._c.run == "systemd" or not (where / settings.CONF).exists():
+                    raise PostgresError(str(e)) from e
+                found = None  # it was started by hand beside Harmony, and reads ours when it is started by it
+            if found is not None:
+                files.append((found[0], found[1].encode(), 0o644))
+        for each in {settings.CONF, name}:
+            text = settings.render(self._c, primary, sync, timeline, name=each)
+            files.append((where / each, text.encode(), 0o600))
+        return files
+
+    def _runs_since_before(self) -> bool:
+        """Whether what runs was started by other hands, with the user's configuration file."""
+        try:
+            told = durable.read_small(self.data / "postmaster.opts", 4096)
+        except OSError:
+            return False
+        return settings.CONF.encode() not in told and self.postmaster() is not None
+
+    def not_adoptable(self) -> str:
+        """Why what runs cannot be led as it is, with what to do; "": a reload brings Harmony's settings in."""
+        if self.is_standby() or self.postmaster() is None:
+            return (
+                f"no primary runs in {self.data}: adopt it where it runs; a standby is taken over by itself"
+            )
+        try:
+            self._wanted(None, ASYNC_RULE, b"", self.data)
+        except (PostgresError, OSError) as e:
+            return str(e)
+        return ""
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
         if self.unfinished:

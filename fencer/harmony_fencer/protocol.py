@@ -198,6 +198,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     system_identifier: str | None
     timeline: int  # the newest that had WAL here at the start or after an activate; 0: not known
     latch: Latch | None
+    adopting: (
+        bool  # it runs as a primary with an operator's permit and without a lease, until the first order
+    )
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)

@@ -23,7 +23,9 @@ SELECT pg_is_in_recovery(),
        (SELECT max(('x' || left(name, 8))::bit(32)::int) FROM pg_ls_waldir()
          WHERE name ~ '^[0-9A-F]{24}$'),
        EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'),
-       (SELECT system_identifier::text FROM pg_control_system())
+       (SELECT system_identifier::text FROM pg_control_system()),
+       ARRAY(SELECT application_name FROM pg_stat_replication WHERE state = 'streaming'),
+       current_setting('synchronous_standby_names') <> ''
 """
 
 
@@ -69,7 +71,7 @@ class Probe:
         row = self._connection.execute(_QUESTION).fetchone()
         if row is None:
             return DbSilent("PostgreSQL gave no row")
-        recovering, received, replayed, timeline, streaming, system_identifier = row
+        recovering, received, replayed, timeline, streaming, system_identifier, standbys, synchronous = row
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
         return DbSeen(
@@ -80,6 +82,8 @@ class Probe:
             streaming=bool(streaming),
             system_identifier=str(system_identifier),
             asked_ns=now_ns,
+            standbys=tuple(str(name) for name in standbys) if isinstance(standbys, list) else (),
+            synchronous=bool(synchronous),
         )
 
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:

@@ -40,6 +40,7 @@ class FencerView:
     unfinished: bool = False  # a rejoin was interrupted: only another can start PostgreSQL
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
+    adopting: bool = False  # PostgreSQL runs as a primary with an operator's permit and without a lease
     timeline: int = 0  # the newest with WAL here that it knows of
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
 
@@ -157,6 +158,8 @@ class DbSeen:
     streaming: bool
     system_identifier: str
     asked_ns: int
+    standbys: tuple[str, ...] = ()  # of a primary: the names under which standbys stream
+    synchronous: bool = False  # synchronous_standby_names is not empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,9 @@ def _renew(v: View, me: Identity, commands: list[Command]) -> View:
     if f is None or f.active is None or v.cluster is None or f.active[0] != v.cluster.term:
         return v
     activating = (
-        v.state in {State.FENCED, State.PROMOTING} and v.order is not None and v.order.op == "activate"
+        v.state in {State.ADOPTING, State.FENCED, State.PROMOTING}
+        and v.order is not None
+        and v.order.op == "activate"
     )
     if not (v.state in {State.HEALTHY, State.LEADER} or activating) or not is_leading(v, me):
         return v
@@ -308,6 +310,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
             reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
+            adopting=v.intent == "create" and f.adopting,
         )
     vacate = v.intent == "vacate"
     clean = vacate and f.shutdown_lsn is not None
@@ -335,6 +338,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         refused=v.refused or c.refused,
         reserved=max(v.reserving, c.reserved),
         changes=c.changes,
+        adopting=c.adopting and v.state is State.ADOPTING,
     )
 
 

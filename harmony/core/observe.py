@@ -28,7 +28,10 @@ ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after th
 
 
 def stale(v: View, t: Timing, now_ns: int) -> bool:
-    """The two-clock rule: by the store's stamps *and* by our own boot clock."""
+    """The two-clock rule: by the store's stamps *and* by our own boot clock. Not of a primary without a lease yet:
+    it would not stop."""
+    if v.cluster is not None and v.cluster.adopting:
+        return False
     by_store = v.stamp_ns > 0 and v.own_stamp_ns - v.stamp_ns > t.failover_ns
     by_boot = now_ns - v.silent_from_ns > t.failover_ns
     return by_store and by_boot
@@ -252,6 +255,20 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     return True, said and ready and not lag, waiting
 
 
+# ---------------------------------------------------------------- adoption
+
+
+def not_ready(v: View) -> str:
+    """Why what is to be adopted is not led yet: commits would wait for standbys that stream under other names."""
+    c, found = v.cluster, v.db.standbys if v.db is not None else ()
+    if c is None or not c.sync_count:
+        return ""
+    missing = [n for n in c.sync_voters if n not in found]
+    if len(c.sync_voters) - len(missing) >= c.sync_count:
+        return ""
+    return f"{c.sync_count} of these must stream under their names first: {', '.join(missing)}"
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -325,6 +342,10 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         eligible_why=verdict.why,
         foreign=_foreign(v, me),
         distrust=distrust(v),
+        adopting=f is not None and f.adopting,
+        adoption_waits=not_ready(v),
+        sync_shown=v.db is not None
+        and (v.db.synchronous or not (v.cluster is not None and v.cluster.sync_count)),
         may_found=f is not None and v.may_found != "" and f.system_identifier == v.may_found,
         wanted=to,
         wanted_why=why_not,

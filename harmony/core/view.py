@@ -22,6 +22,7 @@ from harmony.records import ClusterState, Control, Member
 # goes on too, saying so: until its fence is proven and the vacancy written, this is what holds the others off.
 LEADING = frozenset(
     {
+        State.ADOPTING,
         State.HEALTHY,
         State.LEADER,
         State.P_FAILED,
