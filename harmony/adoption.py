@@ -129,12 +129,13 @@ def look_at(c: Config, name: str, system_identifier: str) -> tuple[str, str]:
         )
     if known is None or shown is None:
         raise AssertionError("IDENTIFY_SYSTEM and SHOW give one row")
-    if str(known[0]) != system_identifier:
+    theirs = _text(known[0])
+    if theirs != system_identifier:
         return (
             "",
-            f"{name} has system identifier {known[0]}, this node {system_identifier}: it is another cluster's",
+            f"{name} has system identifier {theirs}, this node {system_identifier}: it is another cluster's",
         )
-    if shown[0] != "on":
+    if _text(shown[0]) != "on":
         return "", f"{name} accepts writes, too: TWO PRIMARIES of one cluster; stop the wrong one first"
     return "", ""
 
@@ -198,6 +199,11 @@ def _against(state: ClusterState, me: str, system_identifier: str) -> list[str]:
 
 def _line(e: Exception) -> str:
     return " ".join(str(e).split())[:300]
+
+
+def _text(value: object) -> str:
+    """A WAL sender names no encoding."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _list(value: object) -> list[object]:

@@ -6,6 +6,7 @@ nothing, and changes nothing in PostgreSQL: agent and fencer do the rest once Ha
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 
 import click
 import msgspec
+import structlog
 import trio
 
 from harmony.adoption import Findings, look_at_members, look_at_store, look_here
@@ -66,7 +68,7 @@ async def _findings(config: Config, without: tuple[str, ...], store: Store) -> F
     judged = ask_fencer(config, "--check-adoption")
     found.problems += judged.problems
     await trio.to_thread.run_sync(look_here, config, found)
-    if found.system_identifier:
+    if found.system_identifier and not judged.problems:
         await trio.to_thread.run_sync(look_at_members, config, without, found)
     unit = judged.held_by
     if unit and config.postgresql.run == "pg_ctl":
@@ -162,6 +164,9 @@ def adopt(
     First start Harmony on the standbys' hosts, then run this as root where the primary runs, then start Harmony here.
     Exit 0: done (with --dry-run: possible). 1: not, with the reasons. 2: not confirmed. 78: configuration.
     """
+
+    # A store without a bucket is nothing strange here; what is wrong is said in words.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
     async def act(config: Config) -> int:
         if os.geteuid() != 0 and config.postgresql.user is not None:

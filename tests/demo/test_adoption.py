@@ -1,4 +1,4 @@
-"""A primary with standbys that runs since before Harmony is taken over: no restart, no error, and then it fails over."""
+"""A primary with standbys that runs since before Harmony is taken over: no restart, no error; then it fails over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from harmony.demo import procs
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import HOST, Cluster
+from harmony.demo.cluster import HOST, Cluster, ask_status
 from harmony.demo.comeback import is_back
 from harmony.demo.databases import Node, make_databases
 from harmony.demo.parts import run_as
@@ -140,8 +140,14 @@ def test_a_running_cluster_is_adopted(running: Running) -> None:
 
 
 def _led(running: Running) -> bool:
-    record = running.record("n2")
-    return record.primary == "n1" and not record.adopting and record.status == "primary/healthy"
+    reply = ask_status(running.cluster.nodes["n2"].admin_socket, 2.0)
+    record = reply.cluster if reply is not None else None
+    return (
+        record is not None
+        and record.primary == "n1"
+        and not record.adopting
+        and record.status == "primary/healthy"
+    )
 
 
 def _standbys(cluster: Cluster) -> list[str]:
