@@ -182,7 +182,7 @@ RULES = [
     ("rejoin: the old one is kept", f"{FENCER}/rejoin.py",
      "await self._change(lambda change: change.act(lambda: move(place, target)), parent=True)",
      "await self._remove(place)", "tests/fencer/test_rejoin.py -k without_the_wal"),
-    ("rejoin: until the new one streams", f"{FENCER}/rejoin.py", "            while not self._streams(seen):\n",
+    ("rejoin: until the new one streams", f"{FENCER}/rejoin.py", "            while not streams(self._base.pids(), seen, trio.current_time()):\n",
      "            while False:\n", "tests/fencer/test_rejoin.py -k until_the_new"),
     ("rejoin: no copy in vain", f"{FENCER}/rejoin.py",
      "(turned_away := reasons.not_let_in(where))", "(turned_away := \"\")",

@@ -34,6 +34,17 @@ class RejoinConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_free_mb: int = 256  # room that a copy must leave
 
 
+class BootstrapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a data directory is made where nothing is. `sql`: run once in a cluster made by initdb."""
+
+    method: Literal["none", "copy", "initdb", "command"] = "none"
+    command: str = ""
+    timeout_s: float = 3600.0
+    initdb_options: tuple[str, ...] = ()
+    hba: tuple[str, ...] = ()
+    sql: str = ""
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
@@ -66,6 +77,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_dir: str
     log_format: Literal["auto", "json", "console"]
     rejoin: RejoinConfig = RejoinConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
 
     @property
     def lease_ns(self) -> int:

@@ -73,8 +73,7 @@ class Fencer:
         self._retiring = False
         self._system_identifier: str | None = None
         self._timeline = 0  # the newest with WAL here that is known of
-        self._running = False  # whether a live postmaster was seen
-        self._starts = 0
+        self._running, self._starts = False, 0  # whether a live postmaster was seen, and how often a new one
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
         self._standby = Standby(config, self, self._engine, self._clock, self.watchdog, self._must_be_gone)
@@ -135,8 +134,7 @@ class Fencer:
         except OSError as e:
             log.warning("the newest timeline here could not be read", why=str(e))
         self._system_identifier = await self._engine.system_identifier()
-        if self._engine.initialised():
-            await self._engine.rejoin.learn()
+        await self._engine.rejoin.learn()
         self._bell.ring()
 
     async def shut_down(self) -> None:
@@ -356,7 +354,7 @@ class Fencer:
             self._ledger.state = ended(self._ledger.state)
         self._order = record  # told when it is durable: it is the same after a restart
         self._bell.ring()
-        if self._engine.rejoin.cannot_rewind and record.state == "done":
+        if (self._engine.rejoin.cannot_rewind or not self._system_identifier) and record.state == "done":
             self._effects.beside(self._learn)
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
@@ -392,6 +390,7 @@ class Fencer:
             if self._engine.halted or (self._engine.pids() and self._engine.postmaster() is None):
                 await self._must_be_gone()
             self._may_write = True
+            await self._engine.found(self._ledger.testimony())
             await self._engine.configure(None, request.sync, self._ledger.testimony())
             if self._engine.postmaster() is None:
                 await self._engine.start()
@@ -495,6 +494,7 @@ class Fencer:
             cannot_lead=self.watchdog.cannot_lead,
             progress=self._engine.rejoin.progress[:300],
             unfinished=self._engine.rejoin.unfinished,
+            empty=self._engine.rejoin.empty,
             cannot_rewind=self._engine.rejoin.cannot_rewind,
             change=self._bell.number,
         )

@@ -31,6 +31,7 @@ _MAY_BE_PRIMARY = {b"ready", b"stopping"}
 _VERSION_OFFSET, _STATE_OFFSET, _CHECKPOINT_OFFSET = 8, 16, 32
 _VERSIONS = range(1300, 1900)
 _SHUT_DOWN, _IN_PRODUCTION = 1, 6
+FOUNDS = ("initdb", "command")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Postgres:
         return _exists(self.data / "PG_VERSION", otherwise=True)
 
     def is_standby(self) -> bool:
-        return _exists(self._signal_file, otherwise=False)
+        return _exists(self._signal_file, otherwise=False) or (bool(self.rejoin.empty) and not self.pids())
 
     def could_write(self) -> bool:
         return not self.is_standby() or self._runs_as_primary()
@@ -189,6 +190,9 @@ class Postgres:
     # ------------------------------------------------------------ files
 
     async def mark_standby(self) -> None:
+        if self.rejoin.empty:
+            return  # nothing stands there that could be started
+
         def mark(change: Change) -> None:
             if not self.data.exists():
                 raise OSError(f"{self.data} is not there any more (renamed?): nothing marks it as a standby")
@@ -219,7 +223,8 @@ class Postgres:
         self, primary: str | None, sync: SyncRule, testimony: bytes, where: Path, timeline: str = "latest"
     ) -> list[tuple[Path, bytes, int]]:
         """The files of a configuration, with their modes. Raises PostgresError: it would not be read, or overridden."""
-        if not Path(self._c.config_file).exists():
+        user = Path(self._c.config_file)
+        if not (where / user.name if user.parent == self.data else user).exists():
             raise PostgresError(
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
             )
@@ -272,6 +277,10 @@ class Postgres:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
         await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))
+
+    async def found(self, testimony: bytes) -> None:
+        if self.rejoin.empty in FOUNDS:
+            await self.rejoin.found(testimony)
 
     @property
     def unfinished(self) -> bool:

@@ -205,6 +205,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     watchdog: str  # "off", or the device and what became of it
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
     progress: str  # of a rejoin, under way or interrupted
+    empty: str  # how a data directory may be made where nothing is (bootstrap.method); "": something is there
     unfinished: bool  # a rejoin was interrupted: only another one can start PostgreSQL here
     cannot_rewind: (
         str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it

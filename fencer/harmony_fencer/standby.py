@@ -7,6 +7,7 @@ until there is a reason to stop it. It accepts no order and holds no lease: fenc
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Protocol
 
 from harmony_fencer.clock import NS, Clock
@@ -17,6 +18,7 @@ from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import Follow, Rejoin
 from harmony_fencer.watchdog import Policy
 
+LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
 Stop = Callable[
     [int], Awaitable[None]
 ]  # until when cleanly (boot clock); raises PostgresError: not proven gone
@@ -81,3 +83,16 @@ class Standby:
             raise PostgresError(
                 "standby.signal could not be written: it could be started as a primary meanwhile"
             )
+
+
+def streams(pids: list[int], seen: dict[int, float], now_s: float) -> bool:
+    """Whether a WAL receiver among them streams: by its title once something came, or as it lives longer than a vain
+    connection would. `seen`: since when each is known."""
+    for pid in pids:
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"postgres:") and b"walreceiver" in title:
+            return b"streaming" in title or now_s - seen.setdefault(pid, now_s) > LASTS_S
+    return False

@@ -139,6 +139,7 @@ def _view(s: protocol.Status) -> FencerView:
         order_op=s.order.op if s.order is not None else "",
         order_state=s.order.state if s.order is not None else "",
         order_detail=s.order.detail if s.order is not None else "",
+        empty=s.empty,
         adopting=s.adopting,
         timeline=s.timeline,
         fence_proven=s.fence_proven,

@@ -317,7 +317,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
     writing = db is not None and db.db == "primary"
     return ClusterState(
         cluster_id=c.cluster_id,
-        system_identifier=c.system_identifier,
+        system_identifier=c.system_identifier or f.system_identifier or "",
         term=c.term,
         primary=None if vacate else me.node,
         primary_fencer_id=None if vacate else f.fencer_id,

@@ -81,7 +81,7 @@ def _foreign(v: View, me: Identity) -> str | None:
     if c is None or f is None:
         return None
     here = f.system_identifier or (v.db.system_identifier if v.db is not None else None)
-    if here is not None and here != c.system_identifier:
+    if here is not None and c.system_identifier and here != c.system_identifier:
         return (
             f"the data directory has system identifier {here}, the cluster {c.cluster_id} has "
             f"{c.system_identifier}: it belongs to another cluster. Clone it from the primary, or correct "
@@ -255,7 +255,27 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     return True, said and ready and not lag, waiting
 
 
-# ---------------------------------------------------------------- adoption
+# ---------------------------------------------------------------- founding and adoption
+
+
+def cannot_found(v: View) -> str:
+    """Where nothing stands at data_dir: why no new cluster is made there; "": it is. Other members' data would be
+    another cluster's from then on."""
+    f = v.fencer
+    if f is None or f.system_identifier is not None:
+        return ""
+    if f.empty not in {"initdb", "command"}:
+        return (
+            "there is no data directory here, and bootstrap.method makes no new cluster"
+            if f.empty
+            else "unknown yet"
+        )
+    data = [f"{n} ({m.system_identifier})" for n, m in v.members.items() if m.system_identifier]
+    return (
+        f"other members have data: {', '.join(data)}; found the cluster there, or move it away"
+        if data
+        else ""
+    )
 
 
 def not_ready(v: View) -> str:
@@ -332,7 +352,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         term_behind=highest(v)[0] > term,
         latched=f is not None and f.latched is not None,
         trusted=f is not None and f.trusted,
-        identified=f is not None and f.system_identifier is not None,
+        identified=f is not None and (f.system_identifier is not None or not cannot_found(v)),
+        cannot_found=cannot_found(v),
         reserved=v.reserved > 0,
         virgin=f is not None and f.highest[0] == 0,
         may_claim=now_ns >= v.claim_pause_until_ns,
