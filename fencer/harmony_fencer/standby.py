@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+from harmony_fencer import bootstrap
 from harmony_fencer.clock import NS, Clock
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import ASYNC_RULE, Engine
@@ -80,6 +81,7 @@ class Standby:
         """And whoever starts it next gets a standby. Raises PostgresError."""
         await self._stop(clean_until_ns)
         if self._owner.could_write:
+            bootstrap.check(Path(self._c.data_dir))
             raise PostgresError(
                 "standby.signal could not be written: it could be started as a primary meanwhile"
             )
