@@ -135,7 +135,9 @@ def _installed_postgres() -> Iterator[tuple[Path, tuple[Path, ...]]]:
 
 
 def _usable(bin_dir: Path, libraries: tuple[Path, ...], user: str | None) -> Postgres | None:
-    for library_dir in (None, *libraries):
+    # Its own libpq first: with the system's, replication would silently never start.
+    own = [d for d in libraries if any(d.glob("libpq.so*"))]
+    for library_dir in (*own, None, *libraries):
         if library_dir is not None and not library_dir.is_dir():
             continue
         said = [_output(user, [str(bin_dir / name), "--version"], library_dir) for name in PROGRAMS]
