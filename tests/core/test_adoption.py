@@ -9,6 +9,7 @@ import pytest
 from harmony.core.messages import (
     Command,
     DbSeen,
+    DbSilent,
     Event,
     FencerSeen,
     MemberSeen,
@@ -38,6 +39,7 @@ class Node:
         new: dict[str, object] = {"highest": (0, 0), "following": None, "is_standby": False}
         self.fencer = fencer(name, **new | {"adopting": True} | fencer_)
         self.db = DbSeen("primary", 7, 5000, 0, False, "sys", T0)
+        self.silent = False  # the database does not answer
         self.pending: list[Event] = [seen(None, 0)]
         self.orders: list[Order] = []
         self.records: list[ClusterState] = []
@@ -45,7 +47,8 @@ class Node:
     def run(self, ticks: int) -> None:
         for _ in range(ticks):
             self.now += TICK
-            events = [*self.pending, self.fencer, replace(self.db, asked_ns=self.now), RefreshDone(ok=True)]
+            db = DbSilent("") if self.silent else replace(self.db, asked_ns=self.now)
+            events = [*self.pending, self.fencer, db, RefreshDone(ok=True)]
             self.view, commands = step(self.view, events, self.me, FAST, self.now)
             self.pending = []
             for c in commands:
