@@ -128,6 +128,10 @@ class Engine(Protocol):
         Raises PostgresError (TimelineTakenError: it is not newer than what is here), OSError.
         """
 
+    @property
+    def was_standby(self) -> bool:
+        """Whether the control file says that what ran here last was a standby; False where it does not tell."""
+
     def timeline(self) -> int:
         """The newest timeline that has WAL here."""
 

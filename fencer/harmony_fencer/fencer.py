@@ -65,7 +65,7 @@ class Fencer:
         self._boot_id, self._utc_now = parts.boot_id, parts.utc_now
         self._ledger = Ledger(config, parts.boot_id)
         self._active: Generation | None = None
-        self._deadline_ns = 0
+        self._deadline_ns = self._clean_until_ns = 0
         self._order: OrderRecord | None = self._ledger.state.order
         self._self_fence: SelfFence | None = None
         self._fence_proven = False
@@ -84,7 +84,6 @@ class Fencer:
         self._may_write = order is not None and (order.op == "activate" or order.state != "done")
         self._rearm = trio.Event()
         self._bell = Bell()
-        self._clean_until_ns = 0
         self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
@@ -485,6 +484,7 @@ class Fencer:
             postgres_starts=self._starts,
             following=self._ledger.state.following if running and standby else None,
             is_standby=standby,
+            was_standby=self._engine.was_standby,
             system_identifier=self._system_identifier,
             timeline=self._timeline,
             latch=self._ledger.latch,

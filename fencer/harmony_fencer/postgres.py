@@ -31,6 +31,7 @@ _MAY_BE_PRIMARY = {b"ready", b"stopping"}
 _VERSION_OFFSET, _STATE_OFFSET, _CHECKPOINT_OFFSET = 8, 16, 32
 _VERSIONS = range(1300, 1900)
 _SHUT_DOWN, _IN_PRODUCTION = 1, 6
+_RECOVERS = {2, 5}  # shut down in recovery, in archive recovery
 FOUNDS = ("initdb", "command")
 
 
@@ -106,6 +107,14 @@ class Postgres:
             return bool(struct.unpack_from("=i", head, _STATE_OFFSET)[0] == _IN_PRODUCTION)
         except (OSError, struct.error):
             return True
+
+    @property
+    def was_standby(self) -> bool:
+        try:
+            head = durable.read_small(self.data / "global" / "pg_control", 64)
+            return struct.unpack_from("=i", head, _STATE_OFFSET)[0] in _RECOVERS
+        except (OSError, struct.error):
+            return False
 
     def timeline(self) -> int:
         return timelines.newest(self.data / "pg_wal")

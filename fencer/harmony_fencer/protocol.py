@@ -195,6 +195,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     postgres_starts: int  # counts starts seen; a crash and restart between two looks is noticed by it
     following: str | None  # primary of the last done follow, while PostgreSQL runs as its standby
     is_standby: bool  # the data directory is marked as a standby (standby.signal)
+    was_standby: bool  # the control file says so of what ran here last
     system_identifier: str | None
     timeline: int  # the newest that had WAL here at the start or after an activate; 0: not known
     latch: Latch | None

@@ -140,6 +140,7 @@ def _view(s: protocol.Status) -> FencerView:
         order_state=s.order.state if s.order is not None else "",
         order_detail=s.order.detail if s.order is not None else "",
         empty=s.empty,
+        was_standby=s.was_standby,
         adopting=s.adopting,
         timeline=s.timeline,
         fence_proven=s.fence_proven,

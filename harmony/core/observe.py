@@ -259,9 +259,12 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
 
 
 def cannot_found(v: View) -> str:
-    """Where nothing stands at data_dir: why no new cluster is made there; "": it is. Other members' data would be
-    another cluster's from then on."""
+    """Why nothing is founded with the data here; "": it may be. A standby's is behind a primary that may still run. And
+    where nothing stands at data_dir, other members' data would be another cluster's from then on."""
     f = v.fencer
+    if f is not None and f.was_standby and not (v.may_found or f.adopting):
+        advice = "harmonyctl adopt where it runs; or, where none does and this is the newest data, store accept --found"
+        return f"what ran here last was the standby of some primary: {advice}"
     if f is None or f.system_identifier is not None:
         return ""
     if f.empty not in {"initdb", "command"}:

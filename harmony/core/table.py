@@ -68,7 +68,7 @@ class Observation:
     flapping: bool = False  # leadership was lost here by a failure of ours, more than once of late
     distrust: str = ""  # why the store is not trusted
     may_found: bool = False  # an operator lets this node found the cluster anew
-    cannot_found: str = ""  # why no new cluster is made here, where there is no data directory
+    cannot_found: str = ""  # why nothing is founded with the data here
     adopting: bool = False  # PostgreSQL ran before Harmony, and an operator lets it be taken over
     adoption_waits: str = ""  # for what that waits
     sync_shown: bool = True  # PostgreSQL shows the synchronous rule of the term
@@ -305,7 +305,7 @@ TABLE: tuple[Row, ...] = (
     _row(110, S.P_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.YIELDING, "another node leads, or the place is vacant: yielding"),
     _row(111, S.P_INITIALIZING, "empty store, distrusted", lambda o: o.leads == "nobody_yet" and o.distrust != "", S.P_INITIALIZING, "ALARM, not founding a cluster:", detail=lambda o: o.distrust),
     _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not (o.virgin or o.may_found), S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store, or harmonyctl store accept --found"),
-    _row(113, S.P_INITIALIZING, "empty store, no data directory", lambda o: o.leads == "nobody_yet" and not o.identified, S.P_INITIALIZING, "new cluster, not founding it:", detail=lambda o: o.cannot_found),
+    _row(113, S.P_INITIALIZING, "empty store, no data to found with", lambda o: o.leads == "nobody_yet" and o.cannot_found != "", S.P_INITIALIZING, "new cluster, not founding it:", detail=lambda o: o.cannot_found),
     _row(114, S.P_INITIALIZING, "empty store, latched", lambda o: o.leads == "nobody_yet" and (o.latched or not o.trusted), S.P_INITIALIZING, "new cluster, but this node is latched or its fencer's state untrusted: not claiming it"),
     _row(115, S.P_INITIALIZING, "empty store, PostgreSQL runs", lambda o: o.leads == "nobody_yet" and o.postgres_up and not (o.adopting or o.may_found), S.P_INITIALIZING, "new cluster, and PostgreSQL runs here as somebody's standby: not founding it; harmonyctl adopt where the primary runs, or stop PostgreSQL here"),
     _row(116, S.P_INITIALIZING, "empty store, virgin node or founder", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: claiming its first term", "create"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harmony.core.messages import FencerSeen, MemberSeen, Order
+from harmony.core.messages import Accepted, FencerSeen, MemberSeen, Order
 from harmony.core.states import State
 from harmony.records import ClusterState
 from tests.core.helpers import EPOCH, cluster, member, seen
@@ -73,6 +73,22 @@ def test_nothing_is_founded_beside_data_that_is_there() -> None:
         node.run(20)
         assert (node.records, node.orders) == ([], [])
         assert text in node.view.why
+
+
+def test_a_standbys_data_founds_nothing_by_itself() -> None:
+    """Its primary may still run somewhere, unknown to the store: two would write. An operator may say so."""
+    for word in (False, True):
+        node = Node(
+            "n1", adopting=False, is_standby=True, postgres_up=False, was_standby=True, fence_proven=True
+        )
+        node.silent = True
+        node.run(3)
+        if word:
+            node.pending.append(Accepted(create=True))
+            node.pending.append(seen(None, 0))
+        node.run(10)
+        assert bool(node.records) is word
+        assert word or "the standby of some primary" in node.view.why
 
 
 def test_nobody_else_founds() -> None:

@@ -56,7 +56,7 @@ EXAMPLES: list[Example] = [
     (110, S.P_INITIALIZING, {"leads": "other"}, S.YIELDING, ()),
     (111, S.P_INITIALIZING, EMPTY | {"distrust": "x", "virgin": True}, S.P_INITIALIZING, ()),
     (112, S.P_INITIALIZING, EMPTY, S.P_INITIALIZING, ()),
-    (113, S.P_INITIALIZING, EMPTY | {"virgin": True, "identified": False}, S.P_INITIALIZING, ()),
+    (113, S.P_INITIALIZING, EMPTY | {"virgin": True, "cannot_found": "it was a standby"}, S.P_INITIALIZING, ()),
     (114, S.P_INITIALIZING, EMPTY | {"virgin": True, "latched": True}, S.P_INITIALIZING, ()),
     (115, S.P_INITIALIZING, EMPTY | {"virgin": True, "postgres_up": True, "db": "standby"}, S.P_INITIALIZING, ()),
     (116, S.P_INITIALIZING, EMPTY | {"virgin": True}, S.P_INITIALIZING, ("create",)),

@@ -545,6 +545,8 @@ class SteppedEngine:
             await self._clock.sleep_until(until_ns)
             nursery.cancel_scope.cancel()
 
+    was_standby = False
+
     async def found(self, testimony: bytes) -> None:
         await trio.lowlevel.checkpoint()
 

@@ -369,7 +369,7 @@ def full(text: str, rungs: int) -> Status:
         postgres="running", postgres_starts=2**31, following="n" * 40, is_standby=False,
         system_identifier="9" * 20, latch=Latch(text, text, "2026-01-01T00:00:00+00:00"), held_by=text,
         watchdog=text, cannot_lead=text, progress=text, unfinished=True, adopting=True, cannot_rewind=text,
-        empty="initdb", change=2**53 - 1, timeline=2**32 - 1, shutdown_lsn=2**63,
+        empty="initdb", was_standby=True, change=2**53 - 1, timeline=2**32 - 1, shutdown_lsn=2**63,
     )  # fmt: skip
 
 
