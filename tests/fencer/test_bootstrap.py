@@ -79,7 +79,7 @@ def test_a_standby_by_the_operators_command(source: Pair) -> None:
         "HARMONY_PRIMARY_PORT": str(source.primary.port),
         "HARMONY_REPLICATION_USER": "postgres",
     }
-    assert node.status().system_identifier == source.system()
+    assert (node.status().system_identifier, node.status().was_standby) == (source.system(), True)
     assert source.beside == {}
 
 
@@ -138,6 +138,7 @@ def test_founded_by_the_first_activation(node: Node, method: str) -> None:
     node.wait(lambda: node.status().system_identifier is not None, "it knows what it is")
     assert not left.exists()
     node.fence(1, 2)
+    assert not node.status().was_standby, "started as one, and promoted"
     node.make_writable(1, 3)
 
 
