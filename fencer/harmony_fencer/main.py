@@ -197,6 +197,8 @@ async def run(config: FencerConfig, sock: socket.socket, supervisor_fd: int | No
 
 def _to_be_adopted(config: FencerConfig, postgres: Postgres) -> Outcome | None:
     """Said in place of a fence, where an operator's permit covers what runs."""
+    if adopt.load(Path(config.run_dir), boot_id()) is None:
+        return None  # nearly always: and no disk was waited for
     if not Ledger(config, boot_id()).permits(postgres):
         return None
     return Outcome(True, "PostgreSQL is to be adopted: it runs on, unguarded, as before", (), 0.0)
@@ -204,11 +206,11 @@ def _to_be_adopted(config: FencerConfig, postgres: Postgres) -> Outcome | None:
 
 def adoption(config: FencerConfig, who: str | None) -> int:
     """What speaks against adopting what runs here, as JSON; where nothing does, and with `who`, permit it."""
-    postgres, folder = Postgres(config, lasting=False), Path(config.state_dir)
+    postgres, folder = Postgres(config, lasting=False), Path(config.run_dir)
     found = {"problems": (problems := list[str]()), "system_identifier": "", "held_by": ""}
     try:
-        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
-        Path(config.run_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        Path(config.state_dir).mkdir(mode=0o711, parents=True, exist_ok=True)
         if (fd := lock(config, 0)) is None:
             problems.append("Harmony runs here already: stop it first (it would have fenced this PostgreSQL)")
         ledger = Ledger(config, boot_id())
@@ -340,7 +342,7 @@ def main() -> None:
         elif options.check_adoption or options.permit_adoption is not None:
             code = adoption(config, options.permit_adoption)
         elif options.withdraw_adoption:
-            adopt.withdraw(Path(config.state_dir))
+            adopt.withdraw(Path(config.run_dir))
             code = 0
         else:
             code = _serve(config, options, missing)

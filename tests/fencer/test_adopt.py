@@ -102,5 +102,5 @@ def test_what_a_reload_cannot_bring_in_is_named(node: Node) -> None:
     with node.connect() as c:
         c.execute("ALTER SYSTEM RESET synchronous_standby_names")
     assert _adoption(node, "--check-adoption") == []
-    assert not (node.state / "fencer.adopt").exists()
+    assert not (node.run / "fencer.adopt").exists()
     assert not (node.data / "harmony.included.conf").exists()
