@@ -1,8 +1,8 @@
 """An operator's permit: a primary that ran before Harmony runs on unfenced until it is taken over (docs/adoption.md).
 
-It is about one postmaster in one boot, on a node whose fencer has never accepted an order. The first order, whichever it
-is, ends it: from then on the node is guarded as any other. It stands in run_dir: a one-shot fence that looks for it
-waits for no disk. Nothing here touches PostgreSQL.
+It is about one postmaster in one boot, on a node whose fencer has never accepted an order. The first order ends it,
+whichever it is: from then on the node is guarded as any other. It stands in run_dir: a one-shot fence that looks for
+it waits for no disk. Nothing here touches PostgreSQL.
 """
 
 from __future__ import annotations
