@@ -103,7 +103,7 @@ class TimingSection(_Section, frozen=True):
 
 
 class Replication(_Section, frozen=True):
-    mode: Literal["quorum", "off"] = "quorum"
+    mode: Literal["quorum", "on", "strict", "off"] = "quorum"
     synchronous_count: Annotated[int, msgspec.Meta(ge=1, le=31)] = 1
     maximum_lag_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1_048_576
 
@@ -395,10 +395,11 @@ def _together(
         problems.append('bootstrap.command: missing; method = "command" needs the program to run')
     replication = values["replication"]
     count = replication.get("synchronous_count", 1)
-    if members and replication.get("mode", "quorum") == "quorum" and isinstance(count, int):
+    mode = replication.get("mode", "quorum")
+    if members and mode != "off" and isinstance(count, int):
         if len(members) == 1:
             problems.append(
-                'replication.mode: "quorum" needs at least two members, there is one; set mode = "off"'
+                f'replication.mode: "{mode}" needs at least two members, there is one; set mode = "off"'
             )
         elif count >= len(members):
             problems.append(

@@ -78,12 +78,12 @@ TEXT: dict[str, tuple[str, str]] = {
         "lower: faster failover; higher: longer outages",
     ),
     "replication.mode": (
-        "quorum: ANY k of the other members; off: asynchronous",
-        "off may lose acknowledged commits",
+        "quorum: any synchronous_count of who keeps up; on: chosen ones; both go on with fewer; strict blocks; off",
+        "off may lose acknowledged commits; quorum, on: with none left only the last primary may lead; strict blocks",
     ),
     "replication.synchronous_count": (
-        "standbys that must have each commit",
-        "higher: safer, blocks sooner; lower: fewer candidates after a failure",
+        "standbys that must have each commit, while there are so many (mode strict: always)",
+        "higher: survives more losses at a time, slower commits; lower: fewer candidates after a failure",
     ),
     "replication.maximum_lag_bytes": (
         "mode off: largest lag of a candidate",

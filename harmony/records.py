@@ -21,8 +21,9 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 class ClusterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The one key that decides. `primary` None is a vacancy, left by `last_primary` after a proven fence.
 
-    LSNs are byte positions (int), timelines PostgreSQL's; sync_count/sync_voters is the rule that the
-    primary of this term commits under: any `sync_count` of `sync_voters` (0: asynchronous).
+    LSNs are byte positions (int), timelines PostgreSQL's. Every acknowledged commit is on any `sync_count` of
+    `sync_voters` (core/sync.py). 0 of none: asynchronous. 0 of some: commits wait for nobody now, as there is no
+    synchronous standby, and whoever does not hold all must not lead.
     """
 
     cluster_id: str

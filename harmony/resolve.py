@@ -191,6 +191,7 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
                 "hba": c.bootstrap.hba,
                 "sql": sql,
             },
+            "synchronous": c.replication.mode != "off",
             "rejoin": {
                 "clone": c.rejoin.clone,
                 "keep_old": c.rejoin.keep_old,

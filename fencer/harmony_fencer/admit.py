@@ -22,6 +22,8 @@ from harmony_fencer.protocol import (
     Renew,
     Request,
     StatusRequest,
+    Sync,
+    SyncTold,
     Unfence,
 )
 
@@ -35,6 +37,7 @@ PERMITTED: dict[type, frozenset[Peer]] = {
     Follow: frozenset({"root", "agent"}),
     Rejoin: frozenset({"root", "agent"}),
     Renew: frozenset({"root", "agent"}),
+    Sync: frozenset({"root", "agent"}),
     OperatorFence: frozenset({"root"}),
     Unfence: frozenset({"root"}),
 }
@@ -53,6 +56,7 @@ class Facts:
     newest: OrderRecord | None
     active: Generation | None
     lease_deadline_ns: int
+    sync: SyncTold | None = None
     unfinished: bool = False  # the data directory is being rewound, or was when that was interrupted
 
 
@@ -80,11 +84,23 @@ class Extend:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRule:
+    """Have PostgreSQL wait by it from now on."""
+
+    told: SyncTold
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRule:
+    """PostgreSQL was told it before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Permit:
     """Nothing to decide (hello, status, unfence)."""
 
 
-Verdict = Refusal | NewOrder | Repeat | Extend | Permit
+Verdict = Refusal | NewOrder | Repeat | Extend | NewRule | KnownRule | Permit
 
 
 def admit(f: Facts, request: Request, peer: Peer, now_ns: int) -> Verdict:
@@ -108,6 +124,8 @@ def admit(f: Facts, request: Request, peer: Peer, now_ns: int) -> Verdict:
             return NewOrder("operator_fence", Generation(f.highest.term, f.highest.order + 1))
         case Renew():
             return _renew(f, request, now_ns)
+        case Sync():
+            return _sync(f, request, now_ns)
         case Activate() | Fence() | Follow() | Rejoin():
             return _order(f, request, now_ns)
 
@@ -122,6 +140,31 @@ def _renew(f: Facts, r: Renew, now_ns: int) -> Verdict:
     if r.deadline_boottime_ns <= now_ns:
         return Refusal("lease_expired", "the deadline asked for is in the past", f.highest)
     return Extend(max(r.deadline_boottime_ns, f.lease_deadline_ns))
+
+
+def _sync(f: Facts, r: Sync, now_ns: int) -> Verdict:
+    newest, told = f.newest, f.sync
+    if f.active is None or not r.generation == f.active == f.highest or now_ns >= f.lease_deadline_ns:
+        return Refusal(
+            "not_active", f"generation {r.generation} is not active (active: {f.active})", f.highest
+        )
+    if told is None or newest is None or (newest.op, newest.state) != ("activate", "done"):
+        return Refusal("not_active", f"the activate {r.generation} is not done yet", f.highest)
+    unknown = set(r.rule.voters if r.rule is not None else ()) - (f.members - {f.node})
+    if unknown:
+        return _cannot_wait(f, unknown)
+    if r.number < told.number:
+        return Refusal("stale_rule", f"rule number {r.number}, newest accepted {told.number}", f.highest)
+    if r.number == told.number and r.rule != told.rule:
+        return Refusal("conflicting_order", f"rule number {r.number} was another rule", f.highest)
+    if r.number == told.number and told.done:
+        return KnownRule()
+    return NewRule(SyncTold(r.number, r.rule, done=False))
+
+
+def _cannot_wait(f: Facts, unknown: set[str]) -> Refusal:
+    why = f"cannot wait for {sorted(unknown)}: not other configured members"
+    return Refusal("bad_message", why, f.highest)
 
 
 OPS: dict[type, OrderOp] = {Activate: "activate", Fence: "fence", Follow: "follow", Rejoin: "rejoin"}
@@ -145,8 +188,7 @@ def _order(f: Facts, r: Activate | Fence | Follow | Rejoin, now_ns: int) -> Verd
     if isinstance(r, Activate) and r.deadline_boottime_ns <= now_ns:
         return Refusal("lease_expired", "the lease's deadline is in the past", f.highest)
     if isinstance(r, Activate) and not set(r.sync.voters) <= f.members - {f.node}:
-        unknown = sorted(set(r.sync.voters) - (f.members - {f.node}))
-        return Refusal("bad_message", f"cannot wait for {unknown}: not other configured members", f.highest)
+        return _cannot_wait(f, set(r.sync.voters) - (f.members - {f.node}))
     if isinstance(r, Activate) and f.unfinished:
         return Refusal("unfinished", "a rejoin was interrupted here; only another can end it", f.highest)
     if isinstance(r, Rejoin) and f.active is not None:

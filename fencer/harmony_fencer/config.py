@@ -76,6 +76,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str
     run_dir: str
     log_format: Literal["auto", "json", "console"]
+    synchronous: bool = False  # commits may have to wait for standbys here
     rejoin: RejoinConfig = RejoinConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
 

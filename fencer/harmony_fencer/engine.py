@@ -11,8 +11,6 @@ from harmony_fencer.log import log
 from harmony_fencer.protocol import Rung, SyncRule
 from harmony_fencer.watchdog import Watchdog
 
-ASYNC_RULE = SyncRule(0, ())  # of whoever does not lead
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -113,8 +111,11 @@ class Engine(Protocol):
     async def found(self, testimony: bytes) -> None:
         """Make a new cluster, where nothing is and the configuration says so. Raises PostgresError, OSError."""
 
-    async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
-        """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError."""
+    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
+        """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError.
+
+        `sync` None: whatever it commits waits, for ever; of a standby.
+        """
 
     async def start(self) -> None:
         """Start as a standby and wait until it answers. Raises PostgresError, OSError."""

@@ -16,16 +16,16 @@ import trio
 from harmony_fencer import durable
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
-from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
+from harmony_fencer.admit import Extend, Facts, KnownRule, NewOrder, NewRule, Peer, Permit, Repeat, admit
 from harmony_fencer.clock import NS
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.effects import Bell, Effects
 from harmony_fencer.engine import Engine, Outcome, Parts, look
 from harmony_fencer.ledger import UNHURRIED_S, Ledger
 from harmony_fencer.log import log
+from harmony_fencer.primary import Primary
 from harmony_fencer.programs import PostgresError, explain
 from harmony_fencer.protocol import (
-    VERSION,
     Accepted,
     Activate,
     Done,
@@ -45,9 +45,12 @@ from harmony_fencer.protocol import (
     SelfFence,
     Status,
     StatusRequest,
+    Sync,
+    SyncTold,
     Unfence,
 )
 from harmony_fencer.standby import Standby
+from harmony_fencer.telling import Memory, status
 from harmony_fencer.timelines import TimelineTakenError
 from harmony_fencer.watchdog import Policy, WatchdogError
 
@@ -59,10 +62,10 @@ class Fencer:
 
     def __init__(self, config: FencerConfig, parts: Parts) -> None:
         self._c = config
-        self._engine, self._clock = parts.engine, parts.clock
+        self._parts, self._engine, self._clock = parts, parts.engine, parts.clock
         marker = Path(config.run_dir) / "watchdog.armed"
-        self.watchdog = Policy(config.watchdog_mode, config.watchdog_timeout_s, parts.watchdog, marker)
-        self._boot_id, self._utc_now = parts.boot_id, parts.utc_now
+        mode, timeout_s = config.watchdog_mode, config.watchdog_timeout_s
+        self.watchdog = Policy(mode, timeout_s, parts.watchdog, marker)
         self._ledger = Ledger(config, parts.boot_id)
         self._active: Generation | None = None
         self._deadline_ns = self._clean_until_ns = 0
@@ -76,6 +79,7 @@ class Fencer:
         self._running, self._starts = False, 0  # whether a live postmaster was seen, and how often a new one
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
+        self._primary = Primary(self._engine, self._save_lease)
         self._standby = Standby(config, self, self._engine, self._clock, self.watchdog, self._must_be_gone)
         # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
         # died, may still complete: standby.signal alone does not prove that nothing can write. Nor does a
@@ -96,6 +100,7 @@ class Fencer:
         order = self._order
         if lease is not None and self._running and self._ledger.is_mine(lease) and not self._ledger.latched:
             self._active, self._deadline_ns = lease.generation, lease.deadline_boottime_ns
+            self._primary.sync = lease.sync
             await self._carry_on()
         elif self._ledger.untrusted:
             await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted)
@@ -204,8 +209,8 @@ class Fencer:
         """One request's reply. Nothing of a refused request has any effect."""
         if isinstance(request, Renew):
             return self._renew(request, peer)  # never waits: no disk but run_dir's, no lock
-        verdict = admit(self._facts(), request, peer, self._clock.now_ns())
-        if not isinstance(request, Activate | Fence | Follow | Rejoin | OperatorFence | Unfence):
+        if not isinstance(request, Activate | Fence | Follow | Rejoin | Sync | OperatorFence | Unfence):
+            verdict = admit(self._facts(), request, peer, self._clock.now_ns())
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
             return verdict if isinstance(verdict, Refusal) else self.status()
@@ -224,8 +229,12 @@ class Fencer:
                     return Accepted(self._order if self._order is not None else verdict.record)
                 case NewOrder():
                     return await self._accept(verdict, request)
+                case NewRule(told=told):
+                    return await self._wait_by(told)
                 case Permit() if isinstance(request, Unfence):
                     return await self._unfence(request)
+                case KnownRule():
+                    return Done("PostgreSQL was told this rule before")
                 case _:
                     raise AssertionError(f"{request} was admitted as {verdict}")
 
@@ -240,6 +249,7 @@ class Fencer:
             newest=self._order,
             active=self._active,
             lease_deadline_ns=self._deadline_ns,
+            sync=self._primary.sync,
             unfinished=self._engine.rejoin.unfinished,
         )
 
@@ -257,7 +267,7 @@ class Fencer:
 
     def _save_lease(self) -> None:
         if self._active is not None:
-            self._ledger.save_lease(self._active, self._deadline_ns)
+            self._ledger.save_lease(self._active, self._deadline_ns, self._primary.sync)
             self._rearm.set()
 
     async def _accept(self, verdict: NewOrder, request: Request) -> Reply:
@@ -268,7 +278,7 @@ class Fencer:
             self._engine.halt()  # before anything else: writes end here, no disk is waited for
         latch = None
         if isinstance(request, OperatorFence):
-            latch = Latch(request.reason, request.who, self._utc_now())
+            latch = Latch(request.reason, request.who, self._parts.utc_now())
         self._patience = None if is_fence else trio.move_on_after(UNHURRIED_S)
         with trio.CancelScope(shield=True):
             refused = await self._ledger.accept(record, latch, self._patience)
@@ -287,6 +297,7 @@ class Fencer:
         match request:
             case Activate():
                 self._active = verdict.generation
+                self._primary.sync = SyncTold(0, request.sync, done=False)
                 self._deadline_ns = leases.clamp(request.deadline_boottime_ns, now_ns, self._c.lease_ns)
                 self._save_lease()
                 self._begin(lambda: self._activate(record, request))
@@ -319,7 +330,7 @@ class Fencer:
     # ------------------------------------------------------------ effects
 
     def _drop_lease(self) -> None:
-        self._active, self._deadline_ns = None, 0
+        self._active, self._deadline_ns, self._primary.sync = None, 0, None
         self._ledger.drop_lease()
         self._bell.ring()
 
@@ -389,18 +400,8 @@ class Fencer:
             if self._engine.halted or (self._engine.pids() and self._engine.postmaster() is None):
                 await self._must_be_gone()
             self._may_write = True
-            await self._engine.found(self._ledger.testimony())
-            await self._engine.configure(None, request.sync, self._ledger.testimony())
-            if self._engine.postmaster() is None:
-                await self._engine.start()
-            else:
-                await self._engine.reload()
-            if self._engine.is_standby():  # else writable already, under the lease before this one
-                if self._clock.now_ns() >= self._deadline_ns or self._ledger.latched:
-                    raise PostgresError("the lease ended, or the node was fenced, before the promotion")
-                self._timeline = await self._engine.promote(request.timeline)
-            else:
-                self._timeline = self._engine.timeline()
+            testimony = self._ledger.testimony()
+            self._timeline = await self._primary.lead(request, testimony, self._may_promote)
         except Exception as e:  # noqa: BLE001 (whatever it is: nothing here may write, and it is in the outcome)
             self._engine.halt()
             self._drop_lease()
@@ -411,6 +412,18 @@ class Fencer:
             return
         self._running = True
         await self._finish(msgspec.structs.replace(record, state="done", timeline=self._timeline), began)
+
+    def _may_promote(self) -> bool:
+        return self._clock.now_ns() < self._deadline_ns and not self._ledger.latched
+
+    async def _wait_by(self, told: SyncTold) -> Reply:
+        await self._effects.end()  # at most an older rule on its way
+        if self._active is None or self._effects.busy:
+            return Refusal("not_active", "the fencer fences", self._ledger.state.highest)
+        self._primary.sync = told
+        self._save_lease()
+        self._begin(lambda: self._primary.tell(told, self._ledger.testimony()))
+        return Done(f"PostgreSQL is being told rule {told.number}")
 
     async def _follow(self, record: OrderRecord, request: Follow | Rejoin, clean_until_ns: int) -> None:
         began = self._clock.now_ns()
@@ -463,38 +476,23 @@ class Fencer:
 
     def status(self) -> Status:
         """Everything, as of now."""
-        standby, running = self._engine.is_standby(), self._running
-        proven = self._fence_proven and not self.busy and not running
-        return Status(
-            v=VERSION,
-            node=self._c.node,
-            fencer_id=self._ledger.state.fencer_id,
-            boot_id=self._boot_id,
-            now_boottime_ns=self._clock.now_ns(),
-            trusted=not self._ledger.untrusted,
-            trust_detail=self._ledger.untrusted[:400],
-            highest=self._ledger.state.highest,
-            active=self._active,
-            lease_deadline_boottime_ns=self.deadline_ns,
-            order=self._order,
-            self_fence=self._self_fence,
-            fence_proven=proven,
-            shutdown_lsn=self._shutdown_lsn if proven else None,
-            postgres="running" if running else "down",
-            postgres_starts=self._starts,
-            following=self._ledger.state.following if running and standby else None,
-            is_standby=standby,
-            was_standby=self._engine.was_standby,
-            system_identifier=self._system_identifier,
-            timeline=self._timeline,
-            latch=self._ledger.latch,
-            adopting=self.adopting,
-            held_by=self._engine.where,
-            watchdog=str(self.watchdog),
-            cannot_lead=self.watchdog.cannot_lead,
-            progress=self._engine.rejoin.progress[:300],
-            unfinished=self._engine.rejoin.unfinished,
-            empty=self._engine.rejoin.empty,
-            cannot_rewind=self._engine.rejoin.cannot_rewind,
-            change=self._bell.number,
+        return status(
+            self._c,
+            self._ledger,
+            self._parts,
+            self.watchdog,
+            Memory(
+                active=self._active,
+                deadline_ns=self.deadline_ns,
+                order=self._order,
+                self_fence=self._self_fence,
+                sync=self._primary.sync,
+                proven=self._fence_proven and not self.busy and not self._running,
+                shutdown_lsn=self._shutdown_lsn,
+                running=self._running,
+                starts=self._starts,
+                system_identifier=self._system_identifier,
+                timeline=self._timeline,
+                change=self._bell.number,
+            ),
         )

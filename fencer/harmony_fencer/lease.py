@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from harmony_fencer.durable import read_small, seal, unseal
-from harmony_fencer.protocol import Generation
+from harmony_fencer.protocol import Generation, SyncTold
 
 NAME = "lease.json"
 
@@ -19,6 +19,7 @@ class Lease(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     generation: Generation
     deadline_boottime_ns: int
     boot_id: str
+    sync: SyncTold | None = None  # the rule that its commits wait by
 
 
 def clamp(deadline_ns: int, now_ns: int, lease_ns: int) -> int:

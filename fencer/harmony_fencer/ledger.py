@@ -19,7 +19,7 @@ from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import REAL, Disk, in_thread
 from harmony_fencer.engine import Engine
 from harmony_fencer.log import log
-from harmony_fencer.protocol import Generation, Latch, OrderRecord
+from harmony_fencer.protocol import Generation, Latch, OrderRecord, SyncTold
 
 UNHURRIED_S = 5.0  # how long an activate or follow waits for the disk of its generation
 PATIENCE_SHARE = 0.25  # of fence_timeout: how long a disk may take before it counts as broken
@@ -158,10 +158,10 @@ class Ledger:
             and lease.generation == order.generation == self.state.highest
         )
 
-    def save_lease(self, active: Generation, deadline_ns: int) -> None:
+    def save_lease(self, active: Generation, deadline_ns: int, sync: SyncTold | None) -> None:
         """Never raises: without it a restarted fencer would fence early, which is safe."""
         try:
-            leases.save(self._run / leases.NAME, leases.Lease(active, deadline_ns, self._boot_id))
+            leases.save(self._run / leases.NAME, leases.Lease(active, deadline_ns, self._boot_id, sync))
         except OSError as e:
             log.seldom("the lease could not be saved", why=str(e))
 

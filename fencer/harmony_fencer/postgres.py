@@ -14,7 +14,7 @@ import trio
 from harmony_fencer import durable, processes, settings, timelines
 from harmony_fencer.changes import PAUSE_S, Changes
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.engine import ASYNC_RULE, Outcome
+from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
 from harmony_fencer.ladder import MARK_SHARE, Ladder
 from harmony_fencer.log import log
@@ -214,13 +214,13 @@ class Postgres:
         """What configure() does, of a standby that stands at `where` for now."""
         # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
         timeline = "latest" if primary is not None else "current"
-        self._configure(change, primary, ASYNC_RULE, testimony, where, timeline)
+        self._configure(change, primary, None, testimony, where, timeline)
 
     def _configure(
         self,
         change: Change,
         primary: str | None,
-        sync: SyncRule,
+        sync: SyncRule | None,
         testimony: bytes,
         where: Path,
         timeline: str = "latest",
@@ -229,7 +229,12 @@ class Postgres:
             change.write(path, content, mode=mode)
 
     def _wanted(
-        self, primary: str | None, sync: SyncRule, testimony: bytes, where: Path, timeline: str = "latest"
+        self,
+        primary: str | None,
+        sync: SyncRule | None,
+        testimony: bytes,
+        where: Path,
+        timeline: str = "latest",
     ) -> list[tuple[Path, bytes, int]]:
         """The files of a configuration, with their modes. Raises PostgresError: it would not be read, or overridden."""
         user = Path(self._c.config_file)
@@ -277,12 +282,12 @@ class Postgres:
                 f"no primary runs in {self.data}: adopt it where it runs; a standby is taken over by itself"
             )
         try:
-            self._wanted(None, ASYNC_RULE, b"", self.data)
+            self._wanted(None, None, b"", self.data)
         except (PostgresError, OSError) as e:
             return str(e)
         return ""
 
-    async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
+    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
         await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))

@@ -111,6 +111,17 @@ class Renew(_Request, frozen=True, tag="renew", kw_only=True):
     deadline_boottime_ns: BootNs
 
 
+class Sync(_Request, frozen=True, tag="sync", kw_only=True):
+    """Have the writable PostgreSQL of the active generation wait by another rule; null: every commit waits.
+
+    `number` counts the rules of one generation; the activate's own is 0.
+    """
+
+    generation: Generation
+    number: Counter
+    rule: SyncRule | None
+
+
 class OperatorFence(_Request, frozen=True, tag="operator_fence", kw_only=True):
     """An operator's fence: the fencer numbers it itself, above all others, and latches the node."""
 
@@ -125,7 +136,7 @@ class Unfence(_Request, frozen=True, tag="unfence", kw_only=True):
     who: Text
 
 
-Request = Hello | StatusRequest | Activate | Fence | Follow | Rejoin | Renew | OperatorFence | Unfence
+Request = Hello | StatusRequest | Activate | Fence | Follow | Rejoin | Renew | Sync | OperatorFence | Unfence
 OrderOp = Literal["activate", "fence", "follow", "rejoin", "operator_fence"]
 OrderState = Literal["running", "done", "failed", "preempted"]
 PostgresState = Literal["down", "running"]
@@ -151,6 +162,15 @@ class OrderRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeline: int | None = None  # of a done activate
     took_ms: float = 0.0
     rungs: tuple[Rung, ...] = ()
+
+
+class SyncTold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The newest rule that PostgreSQL has to wait by; `done`: it was told (what its processes have loaded is
+    for them to say)."""
+
+    number: int
+    rule: SyncRule | None  # null: every commit waits
+    done: bool
 
 
 class SelfFence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -212,6 +232,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it
     )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
+    sync: SyncTold | None = None  # of the active generation
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="refusal"):
@@ -225,6 +246,7 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
         "too_many_connections",
         "stale_generation",
         "conflicting_order",
+        "stale_rule",
         "not_active",
         "active",
         "unfinished",
@@ -252,7 +274,7 @@ class Renewed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="done"):
-    """unfence was carried out."""
+    """unfence was carried out, or a sync is being (its end is in the status)."""
 
     detail: str
 
@@ -368,14 +390,16 @@ def decode_request(body: bytes) -> Request:
 
 def _refuse_nonsense(request: Request) -> None:
     """What no single field shows. A rule that cannot be met would silently become another one."""
-    if isinstance(request, Activate | Fence | Follow | Rejoin | Renew):
+    if isinstance(request, Activate | Fence | Follow | Rejoin | Renew | Sync):
         g = request.generation
         if max(g.term, g.order) > MAX_ASKED:
             raise _bad(f"Expected `int` <= {MAX_ASKED} - at `$.generation`")
-    if isinstance(request, Activate):
-        voters = request.sync.voters
-        if len(set(voters)) < len(voters) or request.sync.count > len(voters):
-            raise _bad("Expected distinct voters, and `count` of them at most - at `$.sync`")
+    rule = (
+        request.sync if isinstance(request, Activate) else request.rule if isinstance(request, Sync) else None
+    )
+    if rule is not None and (len(set(rule.voters)) < len(rule.voters) or rule.count > len(rule.voters)):
+        place = "sync" if isinstance(request, Activate) else "rule"
+        raise _bad(f"Expected distinct voters, and `count` of them at most - at `$.{place}`")
 
 
 def _refuse_ambiguity(body: bytes) -> None:

@@ -67,15 +67,26 @@ def _same_always(c: FencerConfig) -> dict[str, str]:
     }
 
 
+def names(c: FencerConfig, sync: SyncRule | None) -> str:
+    """synchronous_standby_names. None: every commit waits.
+
+    So it is on every standby where commits are synchronous at all. From a start without names on, commits would go on
+    waiting for nobody after a promotion until the checkpointer has read the new ones (in an fsync: minutes);
+    and who is promoted by hand acknowledges nothing.
+    """
+    if sync is None:
+        return 'ANY 32 ("harmony: nobody")' if c.synchronous else ""
+    if not sync.count:
+        return ""
+    return f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
+
+
 def render(
-    c: FencerConfig, primary: str | None, sync: SyncRule, timeline: str = "latest", *, name: str = CONF
+    c: FencerConfig, primary: str | None, sync: SyncRule | None, timeline: str = "latest", *, name: str = CONF
 ) -> str:
     """The whole file of that name."""
-    names = ""
-    if sync.count > 0 and sync.voters:
-        names = f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
     source = conninfo(c, primary) if primary is not None else ""
-    settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names}
+    settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names(c, sync)}
     settings["recovery_target_timeline"] = timeline
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."

@@ -13,7 +13,7 @@ from typing import Protocol
 from harmony_fencer import bootstrap
 from harmony_fencer.clock import NS, Clock
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.engine import ASYNC_RULE, Engine
+from harmony_fencer.engine import Engine
 from harmony_fencer.ledger import Ledger
 from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import Follow, Rejoin
@@ -54,7 +54,7 @@ class Standby:
             await self._stop(clean_until_ns)
         running = self._engine.postmaster() is not None
         self._watchdog.disarm()
-        await self._engine.configure(request.primary, ASYNC_RULE, ledger.testimony())
+        await self._engine.configure(request.primary, None, ledger.testimony())
         await (self._engine.reload() if running else self._engine.start())
 
     async def _rejoin(self, request: Rejoin, ledger: Ledger, clean_until_ns: int) -> str:

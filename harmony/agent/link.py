@@ -11,7 +11,18 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from harmony.core.messages import Event, FencerSeen, FencerSilent, FencerView, Order, OrderRefused, Renew
+from harmony.core.messages import (
+    Event,
+    FencerSeen,
+    FencerSilent,
+    FencerView,
+    Order,
+    OrderRefused,
+    Renew,
+    RuleRefused,
+    TellRule,
+)
+from harmony.core.sync import HOLD, Rule
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import FencerClient, protocol
 
@@ -26,10 +37,10 @@ class FencerLink:
     def __init__(self, socket_path: str, post: Callable[[Event], None]) -> None:
         self._path = socket_path
         self._post = post
-        self._send, self._receive = trio.open_memory_channel[Order | Renew](64)
+        self._send, self._receive = trio.open_memory_channel[Order | Renew | TellRule](64)
         self._told = ""
 
-    def send(self, command: Order | Renew) -> None:
+    def send(self, command: Order | Renew | TellRule) -> None:
         """Queue a command. A full queue (a fencer silent for long) drops it: the core sends anew."""
         try:
             self._send.send_nowait(command)
@@ -67,9 +78,13 @@ class FencerLink:
     async def _serve(self, client: FencerClient) -> None:
         while True:
             command = await self._receive.receive()
-            await (
-                self._order(client, command) if isinstance(command, Order) else self._renew(client, command)
-            )
+            match command:
+                case Order():
+                    await self._order(client, command)
+                case Renew():
+                    await self._renew(client, command)
+                case TellRule():
+                    await self._tell(client, command)
 
     async def _watch(self, client: FencerClient) -> None:
         seen = await self._status(client, protocol.Hello(client="harmony-agent"))
@@ -125,6 +140,22 @@ class FencerLink:
         if isinstance(reply, protocol.Refusal):
             log.warning("renewal refused", generation=str(generation), error=reply.error, detail=reply.detail)
 
+    async def _tell(self, client: FencerClient, t: TellRule) -> None:
+        rule = protocol.SyncRule(t.rule.count, t.rule.voters) if t.rule != HOLD else None
+        request = protocol.Sync(generation=protocol.Generation(*t.generation), number=t.number, rule=rule)
+        reply = await client.request(request, timeout_s=ANSWER_S)
+        if isinstance(reply, protocol.Refusal):
+            log.warning("rule refused", number=t.number, error=reply.error, detail=reply.detail)
+            self._post(RuleRefused(t.number))
+        else:
+            log.info("whom commits wait for", number=t.number, rule=str(t.rule))
+
+
+def _rule(s: protocol.Status) -> Rule | None:
+    if s.sync is None:
+        return None
+    return Rule(s.sync.rule.count, s.sync.rule.voters) if s.sync.rule is not None else HOLD
+
 
 def _view(s: protocol.Status) -> FencerView:
     return FencerView(
@@ -153,4 +184,7 @@ def _view(s: protocol.Status) -> FencerView:
         unfinished=s.unfinished,
         progress=s.progress,
         cannot_rewind=s.cannot_rewind,
+        rule=_rule(s),
+        rule_number=s.sync.number if s.sync is not None else 0,
+        rule_done=s.sync is not None and s.sync.done,
     )

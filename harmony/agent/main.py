@@ -109,7 +109,7 @@ async def on_signals(
 def identity(config: Config) -> Identity:
     """What the core must know of this node and does not change."""
     f = config.failover
-    count = config.replication.synchronous_count if config.replication.mode == "quorum" else 0
+    count = config.replication.synchronous_count if config.replication.mode != "off" else 0
     return Identity(
         node=config.node.name,
         cluster_id=config.cluster.id,
@@ -132,6 +132,7 @@ def identity(config: Config) -> Identity:
             rejoin=config.rejoin.mode,
             rejoin_after_s=config.rejoin.after_s,
         ),
+        sync_mode=config.replication.mode,
     )
 
 

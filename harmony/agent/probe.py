@@ -1,8 +1,8 @@
 """Read-only SQL questions to the local PostgreSQL, in a thread, one at a time, each with a deadline.
 
-It changes nothing in the database. A question that hangs is left behind, and no other is asked until it
-has returned: so at most one thread is ever lost to a frozen server, and one to a checkpoint, which has a
-connection of its own.
+It changes nothing in the database but for a message in the WAL that nobody reads (`nudge`). A question that hangs
+is left behind, and no other is asked until it has returned: so at most one thread is ever lost to a frozen server, one
+to a checkpoint and one to a nudge, which have connections of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psycopg
 import trio
 
-from harmony.core.messages import DbSeen, DbSilent
+from harmony.core.messages import DbSeen, DbSilent, Walsender
 
 _QUESTION = """
 SELECT pg_is_in_recovery(),
@@ -24,8 +24,10 @@ SELECT pg_is_in_recovery(),
          WHERE name ~ '^[0-9A-F]{24}$'),
        EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'),
        (SELECT system_identifier::text FROM pg_control_system()),
-       ARRAY(SELECT application_name FROM pg_stat_replication WHERE state = 'streaming'),
-       current_setting('synchronous_standby_names') <> ''
+       current_setting('synchronous_standby_names'),
+       COALESCE((SELECT json_agg(json_build_array(application_name, sync_priority > 0, flush_lsn - '0/0'::pg_lsn))
+                   FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]'),
+       EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')
 """
 
 
@@ -47,6 +49,7 @@ class Probe:
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
         self._busy = False
         self._checkpointing = False
+        self._nudging = False
 
     async def ask(self, now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
         if self._busy:
@@ -71,7 +74,7 @@ class Probe:
         row = self._connection.execute(_QUESTION).fetchone()
         if row is None:
             return DbSilent("PostgreSQL gave no row")
-        recovering, received, replayed, timeline, streaming, system_identifier, standbys, synchronous = row
+        recovering, received, replayed, timeline, streaming, system_identifier, names, senders, waiting = row
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
         return DbSeen(
@@ -82,8 +85,9 @@ class Probe:
             streaming=bool(streaming),
             system_identifier=str(system_identifier),
             asked_ns=now_ns,
-            standbys=tuple(str(name) for name in standbys) if isinstance(standbys, list) else (),
-            synchronous=bool(synchronous),
+            names=str(names),
+            walsenders=_walsenders(senders),
+            waiting=bool(waiting),
         )
 
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
@@ -120,12 +124,38 @@ class Probe:
             self._checkpointing = False
         return ""
 
+    async def nudge(self, timeout_s: float) -> str:
+        """Begin a commit that waits as clients' do; why there was none, or empty. It may still wait on return."""
+        if self._nudging:
+            return ""
+        with trio.move_on_after(timeout_s):
+            return await trio.to_thread.run_sync(self._nudge, abandon_on_cancel=True)
+        return ""
+
+    def _nudge(self) -> str:
+        self._nudging = True
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                connection.execute("SET synchronous_commit = on")
+                connection.execute("SELECT pg_logical_emit_message(true, 'harmony', '')")
+        except psycopg.Error as e:
+            return " ".join(str(e).split())[:300]
+        finally:
+            self._nudging = False
+        return ""
+
     def close(self) -> None:
         """Drop the connection; the next question makes a new one."""
         if self._connection is not None:
             with contextlib.suppress(psycopg.Error):
                 self._connection.close()
             self._connection = None
+
+
+def _walsenders(value: object) -> tuple[Walsender, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(Walsender(str(name), bool(voter), int(flushed)) for name, voter, flushed in value)
 
 
 def _number(value: object) -> int:

@@ -31,6 +31,7 @@ from harmony.core.messages import (
     Fatal,
     Log,
     MemberSeen,
+    Nudge,
     Order,
     Read,
     ReadFailed,
@@ -41,6 +42,7 @@ from harmony.core.messages import (
     Renew,
     Stop,
     StoreSeen,
+    TellRule,
     Write,
     WriteDone,
 )
@@ -154,8 +156,16 @@ class Shell:
         while True:
             started = boot_ns()
             self.post(await self._probe.ask(started, self._timing.heartbeat_timeout_s))
-            left = self._timing.heartbeat_interval_s / 2 - (boot_ns() - started) / NS
-            await trio.sleep(max(0.05, left))
+            r = self._view.ruling
+            pause_s = self._timing.heartbeat_interval_s / 2
+            if r is not None and r.taken_ns and r.worst != r.told:
+                pause_s = 0.0  # commits may be waiting for the next step
+            await trio.sleep(max(0.05, pause_s - (boot_ns() - started) / NS))
+
+    async def _nudge(self) -> None:
+        why = await self._probe.nudge(self._timing.lease_s)
+        if why:
+            log.warning("no commit of our own could be begun to see it wait", why=why)
 
     async def _checkpoint(self) -> None:
         started = boot_ns()
@@ -203,7 +213,7 @@ class Shell:
                 term = self._view.cluster.term if self._view.cluster is not None else 0
                 level = log.info if before == after else log.warning
                 level("decision", row=row, before=before, after=after, why=why, term=term)
-            case Order() | Renew():
+            case Order() | Renew() | TellRule():
                 self._link.send(command)
             case Write():
                 nursery.start_soon(self._write, command)
@@ -213,6 +223,8 @@ class Shell:
                 nursery.start_soon(self._refresh, command)
             case Checkpoint():
                 nursery.start_soon(self._checkpoint)
+            case Nudge():
+                nursery.start_soon(self._nudge)
             case Fatal(why=why):
                 self._fatal = why
             case Remember(marks=marks):

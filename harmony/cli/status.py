@@ -143,6 +143,10 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
     )
     if c is not None and c.sync_count:
         console.print(f"synchronous: any {c.sync_count} of {', '.join(c.sync_voters)}")
+    elif c is not None and c.sync_voters:
+        console.print(
+            f"synchronous: no standby keeps up, commits wait for NOBODY; only {c.last_primary} may lead for now"
+        )
     elif c is not None:
         console.print("asynchronous: a failover may lose the newest commits")
     table = Table(

@@ -1,6 +1,6 @@
 """Who may promote: pure, every refusal with its reason.
 
-Invariant (I2, quorum mode): every acknowledged commit is on at least `sync_count` of `sync_voters`, flushed.
+Invariant (I2, sync.py): every acknowledged commit is on at least `sync_count` of `sync_voters`, flushed.
 A candidate that has seen the *final* WAL position of more than `len(voters) - count` voters (itself
 included) has seen at least one that holds any given commit; when none of them has more WAL than the
 candidate, the candidate holds every acknowledged commit. A position is final when it was read after the
@@ -78,9 +78,12 @@ def judge(
     was_primary = cluster.last_primary == me.node
     if _complete(me, cluster):
         pass
-    elif cluster.sync_count > 0:
+    elif cluster.sync_voters:
         voters = set(cluster.sync_voters)
         if not was_primary:
+            if not cluster.sync_count:
+                why = f"commits waited for nobody in the end: only {cluster.last_primary} certainly has all of them"
+                return Verdict(ok=False, why=why)
             if me.node not in voters:
                 return Verdict(ok=False, why="this node is not one of the recorded synchronous standbys")
             heard = ({*seen, me.node}) & voters

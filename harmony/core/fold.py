@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from harmony.core import register
+from harmony.core import register, ruling
 from harmony.core.messages import (
     Accepted,
     CheckpointDone,
@@ -27,11 +27,13 @@ from harmony.core.messages import (
     RefreshDone,
     Remembered,
     Retiring,
+    RuleRefused,
     StoreSeen,
     WriteDone,
 )
 from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
+from harmony.core.sync import Rule
 from harmony.core.timing import Timing
 from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
 from harmony.records import CLUSTER_STATE
@@ -80,6 +82,8 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
                 return v  # asked before our newest order: says nothing of what that did
             if v.order is not None and e.db == "standby" and e.asked_ns < v.order.done_ns:
                 return v  # asked before the end of a promotion
+            if v.ruling is not None and e.db == "primary":
+                v = replace(v, ruling=ruling.database_seen(v.ruling, e))
             return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
         case DbSilent():
             return v
@@ -94,6 +98,9 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             if v.order is not None and v.order.generation == e.generation:
                 return replace(v, order=replace(v.order, refused=f"{e.error}: {e.detail}"))
             return v
+        case RuleRefused(number=number):
+            ours = v.ruling is not None and v.ruling.number == number
+            return replace(v, ruling=None) if ours else v  # what is in force is looked at anew
 
 
 def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
@@ -122,6 +129,8 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
 
 def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
+    if v.ruling is not None:
+        v = replace(v, ruling=ruling.fencer_seen(v.ruling, f, now_ns))
     o = v.order
     if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
         before = v.db is not None and v.db.db == "standby"
@@ -187,10 +196,13 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
     match out:
         case None:
             return v
-        case Acked(sent_ns=sent_ns, revision=revision):
-            record = v.lead_record
+        case Acked(sent_ns=sent_ns, revision=revision, attempt=attempt):
+            record = next((r for r in v.lead_records if r.attempt == attempt), v.cluster)
+            if record is not None and v.recording == Rule(record.sync_count, record.sync_voters):
+                v = replace(v, recording=None)
             reserved = v.reserving or v.reserved
             v = replace(v, intent="beat", cluster=record, read_ok=True, reserved=reserved, reserving=0)
+            v = replace(v, unsettled=False)
             if revision > v.revision or v.first_seen_ns == 0:
                 v = replace(v, stamp_ns=0, first_seen_ns=now_ns, silent_from_ns=now_ns)
             v = marked(replace(v, revision=max(revision, v.revision)))
@@ -332,7 +344,7 @@ def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
         silent_from_ns=now_ns,
         lead=Register(),
         intent="beat",
-        lead_record=None,
+        lead_records=(),
         own=Register(),
         own_stamp_ns=0,
         members={},

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from harmony.core.sync import Rule
 from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
@@ -45,6 +46,9 @@ class FencerView:
     adopting: bool = False  # PostgreSQL runs as a primary with an operator's permit and without a lease
     timeline: int = 0  # the newest with WAL here that it knows of
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
+    rule: Rule | None = None  # that PostgreSQL was told in the active generation; None: not known
+    rule_number: int = 0  # 0: with the order itself
+    rule_done: bool = True  # told indeed, not only accepted
 
 
 # ---------------------------------------------------------------- events
@@ -150,8 +154,21 @@ class ReadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Walsender:
+    """A standby as its primary sees it. `voter`: its walsender counts it as one that commits may wait for."""
+
+    name: str
+    voter: bool
+    flushed_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
 class DbSeen:
-    """The database's answer. `asked_ns` is before the question: the LSNs are at least as new."""
+    """The database's answer. `asked_ns` is before the question: the LSNs are at least as new.
+
+    Of a primary also: `names`, the synchronous_standby_names that the answering session has loaded; `walsenders`;
+    and whether some commit was seen `waiting` for a synchronous standby.
+    """
 
     db: Literal["standby", "primary"]
     timeline: int
@@ -160,8 +177,9 @@ class DbSeen:
     streaming: bool
     system_identifier: str
     asked_ns: int
-    standbys: tuple[str, ...] = ()  # of a primary: the names under which standbys stream
-    synchronous: bool = False  # synchronous_standby_names is not empty
+    names: str = ""
+    walsenders: tuple[Walsender, ...] = ()
+    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +213,13 @@ class OrderRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleRefused:
+    """The fencer did not admit a TellRule."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointDone:
     """The checkpoint that was asked for has ended; `why` it came to nothing, where it did."""
 
@@ -218,6 +243,7 @@ Event = (
     | FencerSeen
     | FencerSilent
     | OrderRefused
+    | RuleRefused
     | CheckpointDone
 )
 
@@ -275,6 +301,21 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True)
+class TellRule:
+    """Have PostgreSQL wait by `rule` (HOLD: every commit waits); its fate is seen in FencerSeen, a refusal in
+    RuleRefused."""
+
+    generation: Gen
+    number: int
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Nudge:
+    """Begin a commit of our own, so that it is seen to wait. Nothing answers it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Have the database write a checkpoint, so that the clean shutdown has little left to write.
 
@@ -313,4 +354,6 @@ class Stop:
     why: str
 
 
-Command = Write | Read | Refresh | Order | Renew | Checkpoint | Log | Fatal | Remember | Stop
+Command = (
+    Write | Read | Refresh | Order | Renew | TellRule | Nudge | Checkpoint | Log | Fatal | Remember | Stop
+)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from harmony.core import register
+from harmony.core import register, ruling
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
     Checkpoint,
@@ -76,6 +76,7 @@ def step(
     o = observe(v, me, t, now_ns)
     v, commands = _apply(v, decide(o), o, me, t, now_ns)
     v = _renew(v, me, commands)
+    v = ruling.drive(v, me, t, now_ns, commands)
     v = _lead(v, me, t, now_ns, commands)
     v = _own(v, me, t, now_ns, commands)
     v = _keep(v, now_ns, commands)
@@ -92,12 +93,17 @@ def _handing_over(v: View, o: Observation, me: Identity) -> bool:
 
 
 def _keep(v: View, now_ns: int, commands: list[Command]) -> View:
-    """Have the marks kept on disk: at once when the term or the lineage is new, else now and then."""
-    new = v.kept is None or (v.marks.term, v.marks.lineage) != (v.kept.term, v.kept.lineage)
+    """Have the marks kept on disk: at once when the term, the rule or the lineage is new, else now and then."""
+    rule = ruling.recorded(v.cluster) if v.cluster is not None else None
+    new = v.kept is None or (v.marks.term, v.marks.lineage, rule) != (
+        v.kept.term,
+        v.kept.lineage,
+        v.kept_rule,
+    )
     if v.marks == v.kept or not (new or now_ns - v.kept_ns >= KEEP_NS):
         return v
     commands.append(Remember(v.marks))
-    return replace(v, kept=v.marks, kept_ns=now_ns)
+    return replace(v, kept=v.marks, kept_rule=rule, kept_ns=now_ns)
 
 
 def _apply(
@@ -167,7 +173,7 @@ def _act(
             lead = register.start(replace(v.lead, revision=revision), now_ns, t.timeout_ns)
             reserving = next_timeline(v) if action == "claim" else 0
             v = replace(v, reserving=reserving, lead=lead, intent=action)
-            return replace(v, lead_sent_ns=now_ns, lead_record=None)
+            return replace(v, lead_sent_ns=now_ns, lead_records=(), recording=None)
         case "fence" | "demote" | "activate" | "follow" | "rejoin":
             op, clean = "fence" if action == "demote" else action, action == "demote"
             primary = target(v, me) if action in {"follow", "rejoin"} else None
@@ -179,12 +185,13 @@ def _act(
                 order = replace(order, system_identifier=v.cluster.system_identifier, clone=v.rejoined)
                 v = replace(v, rejoins=v.rejoins + 1, rejoined=False, rejoin_ns=now_ns)
             if action == "activate" and v.cluster is not None:
+                rule = ruling.activated(v.cluster, me)
                 order = replace(
                     order,
                     timeline=v.reserved,
                     deadline_ns=v.lease_until_ns,
-                    sync_count=v.cluster.sync_count,
-                    sync_voters=v.cluster.sync_voters,
+                    sync_count=rule.count,
+                    sync_voters=rule.voters,
                 )
                 v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
@@ -234,7 +241,7 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
     if v.intent == "beat" and not v.lead.running and now_ns >= _next_beat(v.lead_sent_ns, v.failures, t):
         lead = replace(v.lead, revision=v.revision)
         v = replace(v, reserving=next_timeline(v) if _needs_timeline(v) else 0)
-        v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns)
+        v = replace(v, lead=register.start(lead, now_ns, t.timeout_ns), lead_sent_ns=now_ns, lead_records=())
     what = register.due(v.lead, now_ns)
     left = v.lead.deadline_ns - now_ns
     if what == "read":
@@ -245,7 +252,10 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
     v, attempt = _attempt(v, me)
     record = _cluster_record(v, me, attempt)
     commands.append(Write(CLUSTER_STATE, record, v.lead.revision or 0, attempt, left))
-    return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)), lead_record=record)
+    c = v.cluster
+    same = c is None or (c.sync_count, c.sync_voters) == (record.sync_count, record.sync_voters)
+    v = replace(v, lead_records=(*v.lead_records, record), unsettled=v.unsettled or not same)
+    return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)))
 
 
 def _needs_timeline(v: View) -> bool:
@@ -293,6 +303,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         raise AssertionError("no fencer: nothing may be claimed or beaten")
     if v.intent in {"claim", "create"} or c is None:
         term = max(c.term if c is not None else 0, highest(v)[0]) + 1
+        rule = ruling.claimed(c, me)
         return ClusterState(
             cluster_id=me.cluster_id,
             system_identifier=c.system_identifier if c is not None else f.system_identifier or "",
@@ -306,13 +317,14 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             status=v.state,
             timeline=c.timeline if c is not None else 0,
             lsn=c.lsn if c is not None else 0,
-            sync_count=me.sync_count,
-            sync_voters=tuple(n for n in me.members if n != me.node) if me.sync_count else (),
+            sync_count=rule.count,
+            sync_voters=rule.voters,
             reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
             adopting=v.intent == "create" and f.adopting,
         )
     vacate = v.intent == "vacate"
+    rule = v.recording if v.recording is not None and not vacate else ruling.recorded(c)
     clean = vacate and f.shutdown_lsn is not None
     writing = db is not None and db.db == "primary"
     return ClusterState(
@@ -330,8 +342,8 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         lsn=f.shutdown_lsn
         if clean and f.shutdown_lsn is not None
         else (max(c.lsn, db.received_lsn) if db is not None and writing else c.lsn),
-        sync_count=c.sync_count,
-        sync_voters=c.sync_voters,
+        sync_count=rule.count,
+        sync_voters=rule.voters,
         successor=v.successor,
         request=v.request,
         clean=clean,

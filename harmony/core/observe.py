@@ -149,7 +149,9 @@ def unfit_by(c: ClusterState | None, m: Member | None, name: str) -> str:
         return f"{name} {'distrusts the store' if m.distrust else 'has no fencer'}"
     if m.db != "standby" or m.timeline < c.timeline:
         return f"{name} does not run as a standby on timeline {c.timeline}"
-    if c.sync_count and name not in c.sync_voters:
+    if c.sync_voters and not c.sync_count:
+        return f"commits wait for nobody now, and {name} may lack some"
+    if c.sync_voters and name not in c.sync_voters:
         return f"{name} is not one of the recorded synchronous standbys"
     return ""
 
@@ -281,15 +283,14 @@ def cannot_found(v: View) -> str:
     )
 
 
-def not_ready(v: View) -> str:
+def not_ready(v: View, me: Identity) -> str:
     """Why what is to be adopted is not led yet: commits would wait for standbys that stream under other names."""
-    c, found = v.cluster, v.db.standbys if v.db is not None else ()
-    if c is None or not c.sync_count:
+    found = {w.name for w in v.db.walsenders} if v.db is not None else set()
+    others = [n for n in me.members if n != me.node]
+    missing = [n for n in others if n not in found]
+    if len(others) - len(missing) >= me.sync_count:
         return ""
-    missing = [n for n in c.sync_voters if n not in found]
-    if len(c.sync_voters) - len(missing) >= c.sync_count:
-        return ""
-    return f"{c.sync_count} of these must stream under their names first: {', '.join(missing)}"
+    return f"{me.sync_count} of these must stream under their names first: {', '.join(missing)}"
 
 
 # ---------------------------------------------------------------- all of it
@@ -367,9 +368,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         foreign=_foreign(v, me),
         distrust=distrust(v),
         adopting=f is not None and f.adopting,
-        adoption_waits=not_ready(v),
-        sync_shown=v.db is not None
-        and (v.db.synchronous or not (v.cluster is not None and v.cluster.sync_count)),
+        adoption_waits=not_ready(v, me),
+        sync_shown=v.db is not None and (v.db.names != "" or not me.sync_count),
         may_found=f is not None and v.may_found != "" and f.system_identifier == v.may_found,
         wanted=to,
         wanted_why=why_not,

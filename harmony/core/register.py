@@ -43,6 +43,7 @@ class Register(msgspec.Struct, frozen=True):
 class Acked:
     sent_ns: int
     revision: int
+    attempt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def write_done(
     if not r.running or ours is None:
         return r, None
     if outcome == "acked":
-        return replace(_end(r), revision=revision), Acked(ours.sent_ns, revision)
+        return replace(_end(r), revision=revision), Acked(ours.sent_ns, revision, ours.id)
     return replace(r, busy="", next_="read", retry_at_ns=now_ns), None
 
 
@@ -115,7 +116,7 @@ def read_done(
         return replace(r, busy="", next_="write", retry_at_ns=now_ns + RETRY_NS), None
     hit = next((a for a in r.pending if a.id == attempt), None)
     if hit is not None:
-        return replace(_end(r), revision=revision), Acked(hit.sent_ns, revision)
+        return replace(_end(r), revision=revision), Acked(hit.sent_ns, revision, hit.id)
     if ours or (r.revision is None and not r.pending):
         # Our own earlier write, or the first look: adopt the revision and write on it.
         busy: Literal["", "write", "read"] = "" if r.busy == "read" else r.busy

@@ -14,6 +14,7 @@ import msgspec
 from harmony.core.messages import DbSeen, FencerView, Gen, Marks, OrderOp
 from harmony.core.register import Register
 from harmony.core.states import State
+from harmony.core.sync import Mode, Rule, Ruling
 from harmony.core.table import Leads
 from harmony.core.timing import NS, Timing
 from harmony.records import ClusterState, Control, Member
@@ -80,6 +81,7 @@ class Identity:
     boot_id: str
     version: str
     policy: Policy = field(default_factory=Policy)
+    sync_mode: Mode = "strict"
 
 
 class SentOrder(msgspec.Struct, frozen=True):
@@ -113,10 +115,13 @@ class View(msgspec.Struct, frozen=True):
     silent_from_ns: int = 0  # local half of the two-clock rule
     lead: Register = msgspec.field(default_factory=Register)
     intent: Intent = "beat"
-    lead_record: ClusterState | None = None
+    lead_records: tuple[ClusterState, ...] = ()  # of the exchange, each attempt's
     lead_sent_ns: int = 0  # start of the newest heartbeat
     reserving: int = 0  # the timeline that the exchange under way reserves; 0: none
     reserved: int = 0  # that is ours for the next activation; 0: none
+    ruling: Ruling | None = None  # the synchronous rule, while we lead
+    recording: Rule | None = None  # that the next heartbeat records
+    unsettled: bool = False  # one that changes the rule was sent, and what the store holds is not known
     lost: bool = False
     lease_until_ns: int = 0
     renewed: tuple[Gen, int] = ((0, 0), 0)
@@ -154,6 +159,7 @@ class View(msgspec.Struct, frozen=True):
     store_problem: str = ""
     marks: Marks = Marks()
     kept: Marks | None = Marks()  # what the disk was last asked to keep; None: what it holds counts no more
+    kept_rule: Rule | None = None  # recorded then
     kept_ns: int = 0
     own_back_ns: int = 0  # since when our own record is an older one than was acknowledged; 0: it is not
     went_back_ns: int = 0  # since when reads have shown less than the marks; 0: they do not

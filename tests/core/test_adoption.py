@@ -15,6 +15,7 @@ from harmony.core.messages import (
     MemberSeen,
     Order,
     RefreshDone,
+    Walsender,
     Write,
     WriteDone,
 )
@@ -68,7 +69,8 @@ class Node:
         self.fencer = FencerSeen(replace(self.fencer.view, **changes))  # type: ignore[arg-type]
 
     def streaming(self, *names: str, synchronous: bool = False) -> None:
-        self.db = replace(self.db, standbys=names, synchronous=synchronous)
+        found = tuple(Walsender(name, True, 5000) for name in names)
+        self.db = replace(self.db, walsenders=found, names='ANY 1 ("n2", "n3")' if synchronous else "")
 
 
 @pytest.mark.parametrize("name", ["n1", "n2"])

@@ -184,7 +184,7 @@ def test_nothing_is_promoted_by_a_distrusted_store(state: State) -> None:
 
 def test_no_candidate_by_a_distrusted_store() -> None:
     """I2: the judgement says it as well, not only the table."""
-    vacant = cluster(primary=None, primary_fencer_id=None, lsn=0, sync_count=0)
+    vacant = cluster(primary=None, primary_fencer_id=None, lsn=0, sync_count=0, sync_voters=())
     now = T0 + 100 * NS
 
     def after(*events: Event) -> Observation:

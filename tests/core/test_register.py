@@ -16,7 +16,7 @@ def started(revision: int = 10) -> Register:
 
 def test_acknowledged_is_dated_from_its_send() -> None:
     r, out = register.write_done(started(), "a1", "acked", 11, 100)
-    assert out == Acked(5, 11)
+    assert out == Acked(5, 11, "a1")
     assert (r.revision, r.running) == (11, False)
 
 
@@ -32,7 +32,7 @@ def test_ambiguous_timeout_resolved_by_attempt_id() -> None:
     r, _ = register.write_done(started(), "a1", "unknown", 0, 100)
     r = register.sent(r, "read", None)
     _, out = register.read_done(r, "a1", 11, ours=True, now_ns=200)
-    assert out == Acked(5, 11)
+    assert out == Acked(5, 11, "a1")
 
 
 def test_first_attempt_landing_after_the_second_was_sent() -> None:
@@ -46,7 +46,7 @@ def test_first_attempt_landing_after_the_second_was_sent() -> None:
     r, _ = register.write_done(r, "a2", "refused", 0, later + 1)
     r = register.sent(r, "read", None)
     _, out = register.read_done(r, "a1", 11, ours=True, now_ns=later + 2)
-    assert out == Acked(5, 11)
+    assert out == Acked(5, 11, "a1")
 
 
 def test_another_writer_is_a_confirmed_loss() -> None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import inspect
 
 from harmony_fencer import protocol, server
-from harmony_fencer.admit import PERMITTED, Facts, NewOrder, Peer, Permit, Repeat, Verdict
+from harmony_fencer.admit import PERMITTED, Facts, KnownRule, NewOrder, NewRule, Peer, Permit, Repeat, Verdict
 from harmony_fencer.admit import Extend as Extended
 from harmony_fencer.ledger import PATIENCE_SHARE, UNHURRIED_S
 from harmony_fencer.protocol import (
@@ -34,14 +34,16 @@ from harmony_fencer.protocol import (
     Reply,
     Request,
     StatusRequest,
+    Sync,
     SyncRule,
+    SyncTold,
     Unfence,
 )
 
 REQUESTS = get_args(protocol.Request)
 REPLIES = get_args(protocol.Reply)
 SHARED = (protocol.Generation, protocol.SyncRule)
-RECORDS = (protocol.OrderRecord, protocol.SelfFence, protocol.Rung, protocol.Latch)
+RECORDS = (protocol.OrderRecord, protocol.SelfFence, protocol.Rung, protocol.Latch, protocol.SyncTold)
 
 # ---------------------------------------------------------------- fields
 
@@ -71,6 +73,12 @@ MEANING = {
     "Rejoin.clone": "true: copied anew at once, as a rewind before this did not help",
     "Renew.generation": "of the `activate` whose lease is in force",
     "Renew.deadline_boottime_ns": _DEADLINE + "; an earlier one than that in force changes nothing",
+    "Sync.generation": "of the `activate` that is done and whose lease is in force",
+    "Sync.number": "counted by the sender within the generation; the rule of the `activate` itself is 0",
+    "Sync.rule": "whom commits wait for from now on; null: every commit waits, until the next rule",
+    "SyncTold.number": "as it was asked for; 0: the rule of the `activate`",
+    "SyncTold.rule": "null: every commit waits",
+    "SyncTold.done": "it is in PostgreSQL's configuration, and PostgreSQL was told to read it",
     "OperatorFence.reason": "kept with the latch",
     "OperatorFence.who": "kept with the latch",
     "OperatorFence.clean": "as for `fence`",
@@ -116,6 +124,7 @@ MEANING = {
     "Status.is_standby": "`standby.signal` is there: whoever starts PostgreSQL gets a read-only standby",
     "Status.timeline": "the newest with WAL here, as seen at the start or by an activate; 0: not known yet",
     "Status.system_identifier": "PostgreSQL's, once it has been read",
+    "Status.sync": "the rule of the generation whose lease is in force; null: none is",
     "Status.latch": "the operator's fence in force",
     "Status.empty": "`bootstrap.method`, where nothing stands at `data_dir` and something may be made there",
     "Status.was_standby": "what ran here last was a standby, as the control file has it",
@@ -243,8 +252,12 @@ REFUSALS = {
         "the generation was used for another order",
         "two senders share a number, or you lost count: read `status`, decide anew, take a greater one",
     ),
+    "stale_rule": (
+        "a `sync` with a greater number was accepted",
+        "somebody else told PostgreSQL since: read `status`, decide anew, take a greater number",
+    ),
     "not_active": (
-        "the generation renewed is not the one whose lease is in force, or that lease is over",
+        "the generation is not the one whose lease is in force, or that lease is over; `sync`: or not activated yet",
         "you do not lead (any more): stop renewing; PostgreSQL is being fenced or was",
     ),
     "active": (
@@ -470,11 +483,38 @@ OVER = Step(
     "not_active",
     lambda c: _facts(c, active=G, lease_deadline_ns=NOW),
 )
+UNDER_WAY = Step(
+    "the `activate` of that generation is not done",
+    "not_active",
+    lambda c: _facts(c, newest=OrderRecord(G, "activate", None, "running")),
+)
+STALE_RULE = Step(
+    "a greater number was accepted", "stale_rule", lambda c: _facts(c, sync=SyncTold(3, RULE, done=True))
+)
+OTHER_RULE = Step(
+    "this number was accepted with another rule",
+    "conflicting_order",
+    lambda c: _facts(c, sync=SyncTold(2, None, done=True)),
+)
+NO_CONFIRMERS = Step(
+    "`rule.voters` names this node, or no configured member",
+    "bad_message",
+    lambda c: replace(c, request=msgspec.structs.replace(c.request, rule=SyncRule(1, ("n9",)))),
+)
+TOLD = "done: nothing is done again"
+SAME_RULE = Step(
+    "this number was accepted with this rule, and PostgreSQL was told",
+    TOLD,
+    lambda c: _facts(c, sync=SyncTold(2, RULE, done=True)),
+)
 NOT_LATCHED = Step("no operator's fence is in force", "not_latched", lambda c: _facts(c, latched=False))
 BEGUN = "accepted: durable, whatever runs is cancelled and awaited, and it begins"
 FRESH = Facts("n1", frozenset({"n1", "n2"}), True, False, False, Generation(7, 2), None, None, 0)
 LEADING = replace(FRESH, highest=G, active=G, lease_deadline_ns=NOW + 50)
 RULE = SyncRule(0, ())
+COMMITTING = replace(
+    LEADING, newest=OrderRecord(G, "activate", None, "done"), sync=SyncTold(0, RULE, done=True)
+)
 
 # Per request: a case that is admitted, the conditions in the order in which they are checked, what is done else.
 ADMISSION: list[tuple[Case, list[Step], str]] = [
@@ -525,6 +565,22 @@ ADMISSION: list[tuple[Case, list[Step], str]] = [
         "renewed: the later of the two deadlines, at most now + `lease_s`",
     ),
     (
+        Case(COMMITTING, Sync(generation=G, number=2, rule=RULE), "agent"),
+        [
+            EITHER,
+            RETIRING,
+            NOT_ACTIVE,
+            NEWER,
+            OVER,
+            UNDER_WAY,
+            NO_CONFIRMERS,
+            STALE_RULE,
+            OTHER_RULE,
+            SAME_RULE,
+        ],
+        "done: it is in the lease file, and PostgreSQL is being told",
+    ),
+    (
         Case(FRESH, OperatorFence(reason="", who=""), "root"),
         [ROOT, RETIRING],
         f"{BEGUN}, under `highest` with `order` + 1; the node is latched first; never refused for a disk",
@@ -548,6 +604,10 @@ def answer(verdict: Verdict) -> str:
             return BEGUN
         case Extended():
             return "renewed"
+        case NewRule():
+            return "done"
+        case KnownRule():
+            return TOLD
         case Permit():
             return ""
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, Repeat, admit
+from harmony_fencer.admit import Extend, Facts, KnownRule, NewOrder, NewRule, Peer, Permit, Repeat, admit
 from harmony_fencer.protocol import (
     Activate,
     Fence,
@@ -15,12 +15,15 @@ from harmony_fencer.protocol import (
     Hello,
     OperatorFence,
     OrderRecord,
+    OrderState,
     Refusal,
     Rejoin,
     Renew,
     Request,
     StatusRequest,
+    Sync,
     SyncRule,
+    SyncTold,
     Unfence,
 )
 
@@ -113,6 +116,38 @@ def test_renew() -> None:
     assert error(FACTS, Renew(generation=g, deadline_boottime_ns=NOW + 90)) == "not_active"
 
 
+LED = OrderRecord(Generation(3, 4), "activate", None, "done")
+COMMITTING = replace(ACTIVE, newest=LED, sync=SyncTold(2, RULE, done=True))
+
+
+def rule(number: int, *voters: str, generation: tuple[int, int] = (3, 4)) -> Sync:
+    return Sync(generation=Generation(*generation), number=number, rule=SyncRule(len(voters), voters))
+
+
+def test_a_rule_is_told_under_the_lease_and_in_the_order_of_its_number() -> None:
+    """I2: one that was held up, of a dead agent for example, never undoes a newer one."""
+    told = SyncTold(3, SyncRule(1, ("n2",)), done=False)
+    assert admit(COMMITTING, rule(3, "n2"), "agent", NOW) == NewRule(told)
+    assert admit(COMMITTING, rule(2), "agent", NOW) == KnownRule()
+    assert isinstance(admit(replace(COMMITTING, sync=told), rule(3, "n2"), "agent", NOW), NewRule), (
+        "not yet told"
+    )
+    assert error(COMMITTING, rule(1, "n2")) == "stale_rule"
+    assert error(COMMITTING, rule(2, "n2")) == "conflicting_order"
+    assert error(COMMITTING, rule(3, "n9")) == error(COMMITTING, rule(3, "n1")) == "bad_message"
+    assert error(COMMITTING, rule(3, "n2", generation=(3, 3))) == "not_active"
+    assert error(replace(COMMITTING, lease_deadline_ns=NOW), rule(3, "n2")) == "not_active"
+    assert error(replace(COMMITTING, highest=Generation(3, 5)), rule(3, "n2")) == "not_active", (
+        "a fence is on its way"
+    )
+    for newest in (replace_state("running"), replace_state("failed"), None):
+        assert error(replace(COMMITTING, newest=newest), rule(3, "n2")) == "not_active"
+
+
+def replace_state(state: OrderState) -> OrderRecord:
+    return OrderRecord(LED.generation, "activate", None, state)
+
+
 EVERY: list[Request] = [
     Hello(client="x"),
     StatusRequest(),
@@ -120,6 +155,7 @@ EVERY: list[Request] = [
     Fence(generation=Generation(9, 9), reason=""),
     Follow(generation=Generation(9, 9), primary="n2"),
     Renew(generation=Generation(3, 4), deadline_boottime_ns=NOW + 60),
+    rule(3, "n2"),
     OperatorFence(reason="", who=""),
     Unfence(who=""),
 ]
@@ -128,7 +164,7 @@ EVERY: list[Request] = [
 @pytest.mark.parametrize("request_", EVERY, ids=lambda r: type(r).__name__)
 def test_who_may(request_: Request) -> None:
     """Strangers nothing, the agent no operator's orders, root everything."""
-    facts = replace(ACTIVE, latched=isinstance(request_, Unfence))
+    facts = replace(COMMITTING, latched=isinstance(request_, Unfence))
     assert error(facts, request_, "other") == "not_permitted"
     operators = isinstance(request_, (OperatorFence, Unfence))
     verdict = admit(facts, request_, "agent", NOW)

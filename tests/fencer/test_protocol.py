@@ -38,7 +38,9 @@ from harmony_fencer.protocol import (
     SelfFence,
     Status,
     StatusRequest,
+    Sync,
     SyncRule,
+    SyncTold,
     Unfence,
     decode_reply,
     decode_request,
@@ -63,6 +65,7 @@ REQUEST: st.SearchStrategy[Request] = st.one_of(
     st.builds(Fence, generation=GENERATIONS, reason=TEXT, clean=st.booleans()),
     st.builds(Follow, generation=GENERATIONS, primary=st.none() | NAMES),
     st.builds(Renew, generation=GENERATIONS, deadline_boottime_ns=BOOT_NS),
+    st.builds(Sync, generation=GENERATIONS, number=COUNTER, rule=st.none() | RULES),
     st.builds(OperatorFence, reason=TEXT, who=TEXT, clean=st.booleans()),
     st.builds(Unfence, who=TEXT),
 )
@@ -162,6 +165,7 @@ REQUEST_OF_EACH: list[Request] = [
     Fence(generation=Generation(1, 2), reason="r", clean=True),
     Follow(generation=Generation(1, 2), primary="n2"),
     Renew(generation=Generation(1, 2), deadline_boottime_ns=3),
+    Sync(generation=Generation(1, 2), number=3, rule=SyncRule(1, ("n2",))),
     OperatorFence(reason="r", who="w", clean=True),
     Unfence(who="w"),
 ]
@@ -214,7 +218,7 @@ def test_every_field_is_needed_once_known_and_of_its_type(number: int) -> None:
         strange: list[object] = [[], {}, [value], {"x": value}, 1.5, -1, 2**63, -(2**63), 10**400]
         strange += [2**64, float("nan"), float("inf"), "é" * 513, "\ud800", "a\x00b\u2028" * 200, "N1", ""]
         strange += [not value] if not isinstance(value, bool) else [int(value)]
-        strange += [None] if name not in {"primary", "unless"} else []
+        strange += [None] if name not in {"primary", "unless", "rule"} else []
         strange += [str(value)] if not isinstance(value, str) else []
         strange += [float(value), f"{value}", bool(value)] if type(value) is int else []
         for other in strange:
@@ -307,6 +311,8 @@ def test_a_rule_that_cannot_be_met_is_refused() -> None:
             Activate(generation=Generation(1, 1), deadline_boottime_ns=1, sync=SyncRule(count, voters))
         )
         assert "$.sync" in refused(raw)
+        raw = body(Sync(generation=Generation(1, 1), number=1, rule=SyncRule(count, voters)))
+        assert "$.rule" in refused(raw)
 
 
 def test_no_two_objects_of_a_request_share_a_name() -> None:
@@ -370,6 +376,7 @@ def full(text: str, rungs: int) -> Status:
         system_identifier="9" * 20, latch=Latch(text, text, "2026-01-01T00:00:00+00:00"), held_by=text,
         watchdog=text, cannot_lead=text, progress=text, unfinished=True, adopting=True, cannot_rewind=text,
         empty="initdb", was_standby=True, change=2**53 - 1, timeline=2**32 - 1, shutdown_lsn=2**63,
+        sync=SyncTold(2**53 - 1, SyncRule(32, ("n" * 40,) * 32), done=False),
     )  # fmt: skip
 
 
@@ -408,7 +415,7 @@ def test_every_other_reply_always_fits(character: str) -> None:
 
 
 def test_what_fits_is_not_cut() -> None:
-    status = full("x" * 800, 3)
+    status = full("x" * 650, 3)
     assert decode_reply(body(status)) == status
 
 

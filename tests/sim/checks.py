@@ -28,6 +28,7 @@ class Checks:
         self.writing: dict[str, Host] = {}
         self.claims: dict[int, set[str]] = {}
         self.acked: dict[Branch, int] = {}
+        self.acked_ns = 0  # when a client was last told so
         self.begins: dict[int, Branch] = {}
         self.highest: dict[str, Generation] = {}
 
@@ -79,6 +80,7 @@ class Checks:
         """A client was told that its commit is safe."""
         if lsn > self.acked.get(branch, 0):
             self.acked[branch] = lsn
+            self.acked_ns = self._world.now
 
     # ------------------------------------------------------------ I4, I6: what is in the store
 
@@ -130,6 +132,16 @@ class Checks:
         self.holds_all(next(iter(self.writing.values())))
 
     # ------------------------------------------------------------ O5: everybody is back
+
+    def writes_go_on(self) -> None:
+        """I5: whatever the rule is now, somebody is there to confirm, or nobody is waited for."""
+        s = self._world.setting
+        if s.sync_mode != "off" and self._world.now - self.acked_ns > s.timing.failover_ns:
+            host = next(iter(self.writing.values()))
+            raise Violation(
+                f"I5: all are back, and no commit has been acknowledged since {self.acked_ns / 1e9:.3f} s "
+                f"({host.view.ruling}, recorded {host.view.cluster})"
+            )
 
     def _apart(self) -> list[str]:
         """Who does not stream from the primary, and could."""

@@ -4,8 +4,9 @@ WAL is a tree of branches: a promotion begins a branch. Left alone, PostgreSQL t
 node knows of, so that two nodes can begin two branches with one number; nothing compares branches but this model.
 A position on a branch stands for all before it.
 
-An acknowledged commit (synchronous) is one that `count` of the voters have flushed, as the primary learned while
-it still ran. It decides nothing and fences nothing: who starts, stops and promotes it is the fencer's model.
+An acknowledged commit (synchronous) is one that PostgreSQL's processes call so, by the rules that each of them has
+loaded (waiting.py), while the primary still runs. It decides nothing and fences nothing: who starts, stops and
+promotes it is the fencer's model.
 Who has WAL that its primary does not have cannot stream until it is rejoined (rejoin.py).
 What a real PostgreSQL could also do and this one does not: lose what it has flushed, or stream from a standby.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from harmony.core.sync import HOLD, NOBODY, Rule
 from tests.sim.checks import Violation
+from tests.sim.waiting import CHECKPOINTER, MAIN, Waiting
 
 if TYPE_CHECKING:
     from tests.sim.node import Host
@@ -57,9 +60,8 @@ class Postgres:
         self.frozen = False  # and frozen
         self.closing = False  # a clean shutdown has ended its sessions
         self.clinging = 0  # faults: its processes cannot be killed
-        self.count = 0
-        self.voters: tuple[str, ...] = ()
-        self.flushed: dict[str, int] = {}
+        self.waiting = Waiting(NOBODY)
+        self.connection = 0  # number of the newest to a primary
         self.term = 0  # of the generation that made it writable
         self.unfinished = (
             False  # a rewind is under way here, or was: it has neither its own data nor another's
@@ -89,13 +91,24 @@ class Postgres:
 
     # ------------------------------------------------------------ what is done to it
 
-    def start(self, following: str | None) -> None:
-        """As a standby: it never starts otherwise (ADR 002)."""
+    def start(self, following: str | None, rule: Rule | None = None) -> None:
+        """As a standby: it never starts otherwise (ADR 002). Without a `rule` of its own it confirms no commit."""
         self.run += 1
+        self.connection += 1
+        holds = self.host.world.setting.sync_mode != "off" and self.host.world.rules.standbys_hold
+        self.waiting = Waiting(rule if rule is not None else HOLD if holds else NOBODY)
         self.mode, self.following, self.signal = "standby", following, True
         self.halted = self.frozen = self.closing = False
         self.must_be_whole()
         self.host.world.checks.look(self.host)
+
+    def follow(self, name: str | None) -> None:
+        """As it runs, a standby of somebody else; and nobody's voter itself."""
+        if name != self.following:
+            self.connection += 1
+        self.following = name
+        if self.host.world.setting.sync_mode != "off" and self.host.world.rules.standbys_hold:
+            self.wait_by(HOLD)
 
     def die(self) -> None:
         """All of its processes end."""
@@ -114,7 +127,7 @@ class Postgres:
         self.branch = Branch(timeline, self.branch, self.end, self.host.name)
         self.end += 100
         self.mode, self.signal, self.following = "primary", False, None
-        self.flushed, self.term = {}, term
+        self.term = term
         world = self.host.world
         world.checks.activated(self.host, term)
         world.checks.begun(self.branch)
@@ -180,12 +193,9 @@ class Postgres:
         if not reaches(branch, end, self.branch, self.end):
             return
         self.branch, self.end = branch, end
-        if primary.branch is branch and primary.accepting and self.host.name in primary.voters:
-            primary.flushed[self.host.name] = end
-            if primary.count:
-                ranked = sorted(primary.flushed.values(), reverse=True)
-                if len(ranked) >= primary.count:
-                    self.host.world.checks.acknowledged(branch, ranked[primary.count - 1])
+        if primary.branch is branch and primary.accepting:
+            primary.waiting.confirm(self.host.name, self.connection, end)
+            primary.tell_clients()
 
     def write(self) -> None:
         """A client here commits, and the WAL goes out to whoever streams."""
@@ -194,10 +204,45 @@ class Postgres:
             return
         world = host.world
         self.end += host.rng.randrange(40, 400)
+        self.waiting.wrote(self.end)
+        self.tell_clients()
         for other in world.hosts.values():
             if other is not host and other.pg.streams_from(self):
                 delay = host.rng.randrange(1 + world.setting.latency_ns * 2)
                 world.at(delay, self._arrive, other, other.boots, self.branch, self.end)
+
+    def tell_clients(self) -> None:
+        """What is acknowledged by now. Asynchronous as configured, that means nothing."""
+        if self.host.world.setting.sync_mode != "off" and self.waiting.acked:
+            self.host.world.checks.acknowledged(self.branch, self.waiting.acked)
+
+    def wait_by(self, rule: Rule) -> None:
+        """Its configuration names another rule, and a reload goes round: to each process when it comes to it."""
+        self.waiting.file = rule
+        self._signal(MAIN)
+
+    def _signal(self, process: str) -> None:
+        world, rng = self.host.world, self.host.rng
+        delay = world.setting.unit_ns * 0.1 * rng.random() ** 2
+        self.host.later(int(delay) + 1, self._loads, self.run, process)
+
+    def _loads(self, run: int, process: str) -> None:
+        if run != self.run or self.frozen or self.mode == "down":
+            return
+        if process == CHECKPOINTER and self.host.fsync:
+            self.host.later(self.host.world.setting.timing.interval_ns, self._loads, run, process)
+            return
+        for other in self.waiting.load(process):
+            self._signal(other)
+        if self.accepting:
+            self.tell_clients()
+
+    def hear_of_standbys(self) -> None:
+        """Connections that have ended, where the end of a connection can be heard of."""
+        for name, other in self.host.world.hosts.items():
+            there = other.up and not other.paused and self.host.world.network.replicates(name, self.host.name)
+            if name in self.waiting.senders and there and not other.pg.streams_from(self):
+                self.waiting.gone(name)
 
     def _arrive(self, other: Host, boots: int, branch: Branch, end: int) -> None:
         if other.boots != boots or not other.up:

@@ -45,7 +45,7 @@ HOST = {
     "host-lost": 5, "host-paused": 6, "agent-frozen": 6, "agent-killed": 6, "agent-retired": 3, "harmony-stopped": 3,
     "fencer-killed": 5, "postgres-killed": 6, "postgres-restarted": 2, "postgres-clings": 5, "postgres-fails": 3,
     "promotion-fails": 3, "probe-silent": 4, "host-slow": 3, "foreign": 2, "latch": 3, "fencer-brittle": 3,
-    "agent-stalls": 5, "disk-slow": 3,
+    "agent-stalls": 5, "disk-slow": 3, "fsync": 5,
 }  # fmt: skip
 LINK = {
     "cut": 8, "requests-lost": 5, "answers-lost": 5, "watch-dead": 4, "lossy": 6, "acks-lost": 5, "late-writes": 5,
@@ -139,8 +139,7 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
 _SPANS = frozenset(
     {"host-lost", "host-paused", "agent-frozen", "agent-killed", "postgres-clings", "postgres-fails",
      "promotion-fails", "probe-silent", "host-slow", "foreign", "latch", "fencer-brittle", "agent-stalls", "disk-slow",
-     "election",
-     "store-down", *LINK}
+     "fsync", "election", "store-down", *LINK}
 )  # fmt: skip
 
 
@@ -197,6 +196,8 @@ def _end(world: World, f: Fault) -> None:
             fencer.brittle -= 1
         case "agent-stalls":
             host.stall_ns = 0
+        case "fsync":
+            host.fsync -= 1
         case "host-slow":
             host.slow /= f.amount
         case "disk-slow":
@@ -256,6 +257,8 @@ def _host(world: World, f: Fault) -> bool:
             host.slow *= f.amount
         case "disk-slow":  # for what the fencer keeps of an order, ahead of carrying it out
             host.disk_ns += round(f.amount * NS)
+        case "fsync":  # of a checkpoint; so long it learns of no new configuration
+            host.fsync += 1
         case "foreign":  # a data directory that was put in place of the right one, while nothing wrote
             if pg.mode == "primary" or fencer.active is not None:
                 return False

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harmony.core.messages import FencerView, Order, OrderRefused, Renew
+from harmony.core.messages import FencerView, Order, OrderRefused, Renew, RuleRefused, TellRule
+from harmony.core.sync import HOLD, Rule
 from harmony_fencer import lease as leases
 from harmony_fencer import protocol
-from harmony_fencer.admit import Extend, Facts, NewOrder, Peer, Permit, admit
-from harmony_fencer.protocol import Generation, OrderRecord, OrderState, Refusal
+from harmony_fencer.admit import Extend, Facts, NewOrder, NewRule, Peer, Permit, admit
+from harmony_fencer.protocol import Generation, OrderRecord, OrderState, Refusal, SyncTold
 from tests.orders import request
 from tests.sim.ladder import Ladder, Then
 from tests.sim.rejoin import Rejoin
@@ -64,6 +65,7 @@ class Fencer:
         self.order: OrderRecord | None = self.kept_order
         self.following = self.kept_following
         self.active: Generation | None = None
+        self.sync: SyncTold | None = None
         self.deadline_ns = 0
         self.proven = False
         self.shutdown_lsn: int | None = None
@@ -95,6 +97,7 @@ class Fencer:
         )
         if lease is not None and mine and not pg.gone and not self.latched:
             self.active, self.deadline_ns = lease.generation, lease.deadline_boottime_ns
+            self.sync = lease.sync
             self._arm()
         elif not pg.gone and (self.could_write or pg.halted):
             self.fence_by_itself("at start: PostgreSQL could write and there is no valid lease")
@@ -161,6 +164,9 @@ class Fencer:
             latched="operator" if self.latched else None,
             shutdown_lsn=self.shutdown_lsn if proven else None,
             unfinished=pg.unfinished,
+            rule=_rule(self.sync),
+            rule_number=self.sync.number if self.sync is not None else 0,
+            rule_done=self.sync is not None and self.sync.done,
         )
 
     # ------------------------------------------------------------ requests
@@ -176,6 +182,7 @@ class Fencer:
             newest=self.order,
             active=self.active,
             lease_deadline_ns=self.deadline_ns,
+            sync=self.sync,
             unfinished=self.host.pg.unfinished,
         )
 
@@ -189,7 +196,7 @@ class Fencer:
             self.deadline_ns = max(self.deadline_ns, clamped)
             self._save_lease()
 
-    def ordered(self, o: Order) -> None:
+    def ordered(self, o: Order | TellRule) -> None:
         """The agent's order arrives."""
         self.asked(request(o), "agent")
 
@@ -205,6 +212,10 @@ class Fencer:
             if isinstance(request, protocol.Activate | protocol.Fence | protocol.Follow | protocol.Rejoin):
                 g = (request.generation.term, request.generation.order)
                 self.host.post(self.host.life, OrderRefused(g, verdict.error, verdict.detail))
+            if isinstance(request, protocol.Sync):
+                self.host.post(self.host.life, RuleRefused(request.number))
+        elif isinstance(verdict, NewRule):
+            self._wait_by(verdict.told)
         elif isinstance(verdict, NewOrder):
             self._accept(verdict, request)
         elif isinstance(verdict, Permit) and isinstance(request, protocol.Unfence):
@@ -241,6 +252,7 @@ class Fencer:
         effect = self._begin()
         if isinstance(request, protocol.Activate):
             self.active = record.generation
+            self.sync = SyncTold(0, request.sync, done=False)
             self.deadline_ns = leases.clamp(request.deadline_boottime_ns, now, self.t.lease_ns)
             self._save_lease()
             self._activate(effect, record, request)
@@ -265,12 +277,12 @@ class Fencer:
 
     def _save_lease(self) -> None:
         if self.active is not None:
-            self.lease = leases.Lease(self.active, self.deadline_ns, self.host.boot_id)
+            self.lease = leases.Lease(self.active, self.deadline_ns, self.host.boot_id, self.sync)
             self._arm()
             self.bell()
 
     def _drop_lease(self) -> None:
-        self.active, self.deadline_ns, self.lease = None, 0, None
+        self.active, self.deadline_ns, self.lease, self.sync = None, 0, None, None
         self.bell()
 
     def _arm(self) -> None:
@@ -375,6 +387,7 @@ class Fencer:
             if pg.gone:
                 host.later(self.while_(1.0), started)
             else:
+                pg.wait_by(Rule(sync.count, sync.voters))
                 ready()
 
         def started() -> None:
@@ -383,7 +396,7 @@ class Fencer:
             if host.pg_fails:
                 failed("PostgreSQL does not start")
                 return
-            pg.start(None)
+            pg.start(None, Rule(sync.count, sync.voters))
             self.bell()
             host.later(self.while_(0.2), ready)
 
@@ -393,7 +406,6 @@ class Fencer:
             if pg.gone:
                 failed("PostgreSQL ended")
             elif pg.mode == "primary":
-                pg.count, pg.voters, pg.flushed = sync.count, sync.voters, {}
                 done()
             elif (host.boot() >= self.deadline_ns or self.latched) and host.world.rules.fencer_checks_lease:
                 failed("before the promotion the lease was over, or an operator fenced this node")
@@ -416,12 +428,36 @@ class Fencer:
 
         def done() -> None:
             self.busy = False
+            self._told()
             self._finish(record, "done")
 
         if pg.halted:
             self.stop(effect, 0, lambda ok, _: configured() if ok else failed("could not be stopped first"))
         else:
             host.later(self.while_(0.1), configured)
+
+    def _wait_by(self, told: SyncTold) -> None:
+        if self.busy:  # an older rule on its way, at most
+            self.effect += 1
+        self.sync = told
+        self._save_lease()
+        host, pg, life, effect = self.host, self.host.pg, self.life, self._begin()
+
+        def configured() -> None:
+            if not self.current(life, effect):
+                return
+            self.busy = False
+            if not pg.gone:
+                pg.wait_by(_rule(told) or HOLD)
+                self._told()
+            self.bell()
+
+        host.later(self.while_(0.1), configured)
+
+    def _told(self) -> None:
+        if self.sync is not None:
+            self.sync = msgspec.structs.replace(self.sync, done=True)
+            self._save_lease()
 
     def _follow(self, effect: int, record: OrderRecord) -> None:
         host, pg, life = self.host, self.host.pg, self.life
@@ -446,7 +482,7 @@ class Fencer:
             if pg.gone:
                 pg.start(record.primary)
             else:
-                pg.following = record.primary
+                pg.follow(record.primary)
             self.busy = False
             self._finish(record, "done")
 
@@ -485,3 +521,10 @@ class Fencer:
                 self.host.later(10**8, again)
 
         self.stop(effect, clean_until_ns, then)
+
+
+def _rule(told: SyncTold | None) -> Rule | None:
+    """As the core has it."""
+    if told is None:
+        return None
+    return Rule(told.rule.count, told.rule.voters) if told.rule is not None else HOLD

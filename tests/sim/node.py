@@ -26,6 +26,7 @@ from harmony.core.messages import (
     FencerSilent,
     Log,
     Marks,
+    Nudge,
     Order,
     Read,
     Refresh,
@@ -34,6 +35,7 @@ from harmony.core.messages import (
     Renew,
     Retiring,
     Stop,
+    TellRule,
     Write,
 )
 from harmony.core.node import initial, step
@@ -78,6 +80,7 @@ class Host:
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
         self.probe_silent = 0
+        self.fsync = 0  # faults: its checkpointer is in one, and does nothing else
         self.foreign = 0  # faults: the data directory is another cluster's
         self.frozen_at = 0
         self.others = tuple(n for n in s.names if n != name)
@@ -91,6 +94,7 @@ class Host:
             preferred=s.policy.preferred_primary == name,
             members=s.names,
             sync_count=s.sync_count,
+            sync_mode=s.sync_mode,
             maximum_lag_bytes=s.maximum_lag_bytes,
             nofailover=name in s.nofailover,
             priority=100,
@@ -230,7 +234,6 @@ class Host:
     def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
         if pg.run == run and pg.mode == "standby" and not pg.frozen:
-            pg.count, pg.voters = request.sync.count, request.sync.voters
             pg.promote(term, request.timeline)
             self.fencer.bell()
 
@@ -348,7 +351,7 @@ class Host:
         self.world.rows[self.view.row] = self.world.rows.get(self.view.row, 0) + 1
         if (
             not self.world.rules.dated_from_send
-            and before.cluster is not self.view.cluster is before.lead_record
+            and before.cluster is not self.view.cluster in before.lead_records
         ):
             commands = self._dated_from_now(commands, now)
         for c in commands:
@@ -381,6 +384,15 @@ class Host:
             else:
                 timeline, system = pg.branch.timeline, self.system_identifier
                 self.answer = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
+                if pg.mode == "primary" and self.me.sync_count:
+                    self.answer = self._of_a_primary(self.answer)
+
+    def _of_a_primary(self, seen: DbSeen) -> DbSeen:
+        pg, rules = self.pg, self.world.rules
+        pg.hear_of_standbys()
+        senders = pg.waiting.walsenders()
+        waiting = pg.waiting.waiting or not rules.waiting_is_seen
+        return replace(seen, names=pg.waiting.names, walsenders=senders, waiting=waiting)
 
     def _due(self, v: View, now_ns: int) -> int:
         """When it has something to do of its own."""
@@ -418,6 +430,11 @@ class Host:
                     world.at(self.stall_ns, self.let_agent_go)
             case Renew():
                 self.later(int(TALK_NS * self.rng.random()), self.fencer.renew, command)
+            case TellRule(number=number, rule=rule):
+                world.say(f"{self.name} tells rule {number}: {rule}")
+                self.later(int(TALK_NS * self.rng.random()), self.fencer.ordered, command)
+            case Nudge():
+                self.later(int(TALK_NS * self.rng.random()), self.pg.write)
             case Write():
                 world.store.write(self, command)
             case Read():

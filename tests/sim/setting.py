@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass
 
 from harmony.core.rejoin import MOST_PAUSE_NS, REJOIN_PATIENCE
+from harmony.core.sync import Mode
 from harmony.core.timing import NS, PRESETS, Timing
 from harmony.core.view import Policy
 
@@ -31,6 +32,7 @@ class Setting:
     names: tuple[str, ...]
     timing: Timing
     sync_count: int
+    sync_mode: Mode
     maximum_lag_bytes: int
     policy: Policy
     nofailover: frozenset[str]
@@ -91,6 +93,11 @@ def draw(seed: int, drift: float | None = None) -> Setting:
     count = r.choices((2, 3, 4, 5, 6, 7), (14, 52, 12, 14, 4, 4))[0]
     names = tuple(f"n{i + 1}" for i in range(count))
     sync_count = 0 if r.random() < 0.2 else r.choice((1, 1, 1, r.randrange(1, count)))
+    mode = (
+        random.Random(f"sync {seed}").choices(("quorum", "on", "strict"), (5, 2, 3))[0]
+        if sync_count
+        else "off"
+    )
     interval_s = timing.heartbeat_interval_s
     preferred = names[0]
     policy = Policy(
@@ -109,6 +116,7 @@ def draw(seed: int, drift: float | None = None) -> Setting:
         names=names,
         timing=timing,
         sync_count=sync_count,
+        sync_mode=mode,
         maximum_lag_bytes=r.choice((0, 2000, 10**7)) if sync_count else r.choice((2000, 10**7)),
         policy=policy,
         nofailover=frozenset(n for n in names[2:] if r.random() < 0.08),
@@ -129,6 +137,7 @@ def plain() -> Setting:
         names=("n1", "n2", "n3"),
         timing=timing,
         sync_count=1,
+        sync_mode="quorum",
         maximum_lag_bytes=1000,
         policy=Policy(preferred_primary="n1"),
         nofailover=frozenset(),

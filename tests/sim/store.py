@@ -29,6 +29,7 @@ from harmony.core.messages import (
     Write,
     WriteDone,
 )
+from harmony.core.ruling import recorded
 from harmony.records import CLUSTER_STATE, CONTROL, MEMBER_PREFIX, ClusterState, Control, Member
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Entry:
 def _same(a: ClusterState | Member | Control, b: ClusterState | Member | Control) -> bool:
     """A heartbeat that says nothing new."""
     if isinstance(a, ClusterState) and isinstance(b, ClusterState):
-        return (a.term, a.primary, a.successor) == (b.term, b.primary, b.successor)
+        return (a.term, a.primary, a.successor, recorded(a)) == (b.term, b.primary, b.successor, recorded(b))
     return isinstance(a, Member) and isinstance(b, Member) and (a.confirms, a.db) == (b.confirms, b.db)
 
 
@@ -182,16 +183,24 @@ class Store:
     def roll_back(self, revisions: int) -> None:
         """The newest revisions are lost, as after a power cut with a lax sync_interval.
 
-        An assumption: a change of leadership is lost only when every node remembers it. Who has not seen it and
-        finds itself the recorded primary again would go on while the one that is forgotten still writes.
+        An assumption: a change of leadership, or of the synchronous rule, is lost only when every node remembers it.
+        Who has not seen it and finds itself the recorded primary again would go on while the one that is forgotten
+        still writes.
         """
         world = self._world
         to = max(0, self.revision - revisions)
         remembered = min(h.kept.term for h in world.hosts.values())
+        seen = min(h.kept.revision for h in world.hosts.values())
         for before, e in pairwise(self.data.get(CLUSTER_STATE, ())):
             assert isinstance(e.record, ClusterState)
             assert isinstance(before.record, ClusterState)
             if (before.record.term, before.record.primary) == (e.record.term, e.record.primary):
+                if recorded(before.record) == recorded(e.record):
+                    continue
+                if e.revision > seen:
+                    to = max(to, e.revision)
+                elif e.revision > to:
+                    self.lost_claims = True
                 continue
             if e.record.term > remembered or e.record.primary is None:
                 to = max(to, e.revision)

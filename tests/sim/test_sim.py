@@ -129,6 +129,53 @@ def test_a_lease_counted_from_the_acknowledgement_is_found() -> None:
     assert found[False] > 0
 
 
+def lost_one_after_the_other(*more: Fault) -> list[Fault]:
+    """n2 stops getting WAL, and the primary n1 loses its power a second later, for good."""
+    return [
+        *more,
+        Fault(39 * NS, "apart", "n2", "n1", span_ns=90 * NS),
+        Fault(40 * NS, "host-lost", "n1", span_ns=90 * NS),
+    ]
+
+
+def breaks(known: Setting, done: list[Fault], **rules: bool) -> int:
+    """In how many of some seeds an acknowledged commit is lost."""
+    found = 0
+    for seed in range(12):
+        try:
+            World(seed, rules=Rules(**rules), known=known, done=done).script(60.0)
+        except Violation as e:
+            found += str(e).startswith("I2")
+    return found
+
+
+def test_commits_that_do_not_wait_yet_are_not_taken_for_synchronous() -> None:
+    """I2: the only standby is back, and the checkpointer is in an fsync: until it has ended commits wait for nobody."""
+    known = replace(plain(), names=("n1", "n2"))
+    done = lost_one_after_the_other(
+        Fault(20 * NS, "host-lost", "n2", span_ns=10 * NS), Fault(28 * NS, "fsync", "n1", span_ns=60 * NS)
+    )
+    assert breaks(known, done) == 0
+    assert breaks(known, done, waiting_is_seen=False) > 0
+
+
+def test_a_standby_without_a_rule_would_acknowledge_too_early() -> None:
+    """I2: n3 is promoted while its checkpointer is in an fsync, and lost soon after."""
+    done = [
+        Fault(18 * NS, "fsync", "n2", span_ns=60 * NS),
+        Fault(18 * NS, "fsync", "n3", span_ns=60 * NS),
+        Fault(20 * NS, "host-lost", "n1", span_ns=8 * NS),
+    ]
+    for n in ("n2", "n3"):  # whichever leads by then
+        done += [Fault(30 * NS, "apart", n, "n1", span_ns=90 * NS)]
+    done += [
+        Fault(30 * NS, "apart", "n2", "n3", span_ns=90 * NS),
+        Fault(31 * NS, "host-lost", "n2", span_ns=90 * NS),
+    ]
+    assert breaks(plain(), done) == 0
+    assert breaks(plain(), done, standbys_hold=False) > 0
+
+
 def test_a_failing_seed_is_shrunk() -> None:
     """Few faults are left, and the trace names what was broken and can be had again."""
     rules = Rules(fencer_checks_lease=False)

@@ -39,6 +39,8 @@ class Rules:
     fencer_first: bool = True  # after a pause of the host, before PostgreSQL
     store_checks_revision: bool = True
     timelines_reserved: bool = True  # else a promotion takes the next that its own node knows of
+    standbys_hold: bool = True  # no commit of a standby that is promoted goes without a rule
+    waiting_is_seen: bool = True  # that commits wait again is seen, not assumed
     dated_from_send: bool = True  # else a heartbeat counts from its acknowledgement
 
 
@@ -98,6 +100,8 @@ class World:
         while not self.checks.all_back() and self.now < end_ns:
             self._on(self.now + s.timing.failover_ns)
         self.checks.back_at_the_end()
+        self._on(self.now + s.calm_ns)
+        self.checks.writes_go_on()
 
     def script(self, end_s: float) -> None:
         """The faults alone, until then."""
