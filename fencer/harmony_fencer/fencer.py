@@ -214,6 +214,7 @@ class Fencer:
             if isinstance(request, StatusRequest) and request.wait_ms:
                 await self._bell.wait(request.unless, request.wait_ms / 1000)
             return verdict if isinstance(verdict, Refusal) else self.status()
+        verdict = admit(self._facts(), request, peer, self._clock.now_ns())
         is_fence = isinstance(request, Fence | OperatorFence) and isinstance(verdict, NewOrder)
         if is_fence and self._patience is not None:
             self._patience.cancel()  # no fence waits for the disk of another order
