@@ -126,6 +126,7 @@ def test_a_running_cluster_is_adopted(running: Running) -> None:
     assert {name: cluster.postmaster(name) for name in cluster.nodes} == before
     assert running.harmonyctl("n2", "status")[0] == 0, "as a cluster that Harmony made"
 
+    running.until("what commits wait for is recorded", lambda: running.record("n2").sync_count == 1, 60)
     fault_ns = boottime_ns()
     Fault(Scenario.NODE_KILLED, cluster, "n1").apply()
     running.until(

@@ -102,6 +102,7 @@ def test_a_cluster_from_nothing(running: Running) -> None:
         assert left == ["data"], "nothing is left beside it"
     assert len(identifiers) == 1
 
+    running.until("what commits wait for is recorded", lambda: running.record("n2").sync_count == 1, 60)
     fault_ns = boottime_ns()
     Fault(Scenario.NODE_KILLED, cluster, "n1").apply()
     running.until(
