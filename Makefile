@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load fuzz test-versions test-vm sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -57,6 +57,13 @@ build/bench/etcd/.installed:
 		{ echo "no etcd: neither on the PATH nor from apt (apt-get update; apt-get install etcd-server)" >&2; exit 1; }
 	@touch $@
 
+# Random faults from a seed at a cluster under load: needs root; see docs/chaos.md.
+# make chaos SEED=7 MINUTES=30 CHAOS='--preset standard'
+SEED ?=
+CHAOS ?=
+chaos: $(STAMP)
+	$(BIN)/python -m bench.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) $(CHAOS)
+
 # How fast writes end, for each way of stopping PostgreSQL (about 20 minutes for 5).
 bench-fence: $(STAMP)
 	$(BIN)/python bench/fence.py --runs $(RUNS)
@@ -83,6 +90,10 @@ test-versions: $(STAMP)
 		echo "PostgreSQL $$version" && folder=$$($(BIN)/python -m tests.versions.fetch $$version) && \
 		HARMONY_DEMO_POSTGRES_BIN=$$folder $(BIN)/python -m pytest $(REAL) $(PYTEST_ARGS) || exit 1; \
 	done
+
+# Whole clusters that are busy, or whose disk is full: minutes (docs/sickness.md).
+test-sick: $(STAMP)
+	HARMONY_SICK=1 $(BIN)/python -m pytest tests/demo/test_sickness.py $(PYTEST_ARGS)
 
 # More of the simulation than `make test` has: make sim SEEDS=2000, or make sim HOURS=5000.
 SEEDS ?= 0

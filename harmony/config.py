@@ -115,6 +115,15 @@ class Failover(_Section, frozen=True):
     changes_window_s: Window = 3600.0
     flap_window_s: Window = 600.0
     on_stop: Literal["handover", "fence"] = "handover"
+    restart_budget: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
+    restart_window_s: Window = 600.0
+
+
+class Sickness(_Section, frozen=True):
+    action: Literal["handover", "alarm"] = "handover"
+    patience_s: Seconds | None = None
+    write_probe: Literal["off", "suspicion", "always"] = "suspicion"
+    disk_free_mb: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 512
 
 
 class Rejoin(_Section, frozen=True):
@@ -185,6 +194,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     timing: Timing
     replication: Replication
     failover: Failover
+    sickness: Sickness
     rejoin: Rejoin
     bootstrap: Bootstrap
     postgresql: Postgresql
@@ -201,6 +211,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "timing": TimingSection,
     "replication": Replication,
     "failover": Failover,
+    "sickness": Sickness,
     "rejoin": Rejoin,
     "bootstrap": Bootstrap,
     "postgresql": Postgresql,

@@ -113,6 +113,30 @@ TEXT: dict[str, tuple[str, str]] = {
         "what a primary does when Harmony is stopped: handover, to a standby that can take it; fence: it stops",
         "fence: writes end until the others have elected a primary",
     ),
+    "failover.restart_budget": (
+        "crashes within restart_window_s before another takes over; mode off: each is answered by a restart in place",
+        "0: handed over at once, and what no standby has received is lost; higher: more short outages in a row",
+    ),
+    "failover.restart_window_s": (
+        "over what time its crashes are counted",
+        "higher: slower series of crashes end in a hand-over, too",
+    ),
+    "sickness.action": (
+        "handover: a primary that hangs beyond patience_s is fenced, and another leads, if one can; alarm: it is told",
+        "alarm: a hung PostgreSQL leads until somebody comes",
+    ),
+    "sickness.patience_s": (
+        "how long it must have shown no sign of life or progress; default: twice failover_timeout_s, at least 10",
+        "lower: shorter outages, and a disk that stalls for a while costs a failover; higher: longer outages",
+    ),
+    "sickness.write_probe": (
+        "a message into the WAL while that stands still: suspicion: when somebody waits for it; always: also when idle",
+        "off: a disk that hangs behind a wait for a standby is not seen; always: an idle server writes now and then",
+    ),
+    "sickness.disk_free_mb": (
+        "less free room than this on the disk of the data or the WAL is told; 0: never",
+        "lower: told when it is nearly too late",
+    ),
     "rejoin.mode": (
         "automatic: a standby that cannot follow the primary is rewound or copied anew; off: it says so and waits",
         "automatic destroys what only that standby has; off: somebody has to do it by hand",

@@ -101,6 +101,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
+    sick: str = ""  # why its PostgreSQL should not lead, though it lives
+    note: str = ""  # what people should know of its PostgreSQL's health, and nothing is done about
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

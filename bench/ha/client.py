@@ -2,8 +2,9 @@
 
     python -m bench.ha.client --out FILE --first ID [--at NAME] [--patience S] [--pause S] CONNINFO
 
-Each acknowledged row is a line `A id sent acked host` at once, CLOCK_BOOTTIME nanoseconds, where `host` is NAME or the
-host of libpq's list that answered; each refusal or failed connection `R time`. A row is never sent twice, a statement
+Each acknowledged row is a line `A id sent acked host timeline` at once, CLOCK_BOOTTIME nanoseconds, where `host` is
+NAME or the host of libpq's list that answered, and `timeline` PostgreSQL's as it wrote it; each row that was refused or
+not answered `R time id`, each failed connection `R time`. A row is never sent twice, a statement
 never cancelled: one that is not answered within `patience` is unknown, and its connection given up.
 """
 
@@ -19,7 +20,9 @@ from psycopg.pq import abc
 
 from harmony.demo.client import acknowledged, boottime_ns, connect_blocking
 
-WRITE = b"INSERT INTO bench (id) VALUES ($1)"
+# A promotion begins a new timeline: it tells whose history the row is in, whoever else is a primary.
+TIMELINE = b"('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int"
+WRITE = b"INSERT INTO bench (id) VALUES ($1) RETURNING " + TIMELINE
 RECONNECT_PAUSE_S = 0.05
 
 
@@ -41,11 +44,12 @@ def run(conninfo: str, out: TextIO, first: int, at: str, patience_s: float, paus
                 continue
         number += 1
         sent = boottime_ns()
-        outcome = acknowledged(connection, WRITE, number, patience_s)
+        returned: list[str] = []
+        outcome = acknowledged(connection, WRITE, number, patience_s, returned)
         if outcome:
-            out.write(f"A {number} {sent} {boottime_ns()} {host_of(connection, at)}\n")
+            out.write(f"A {number} {sent} {boottime_ns()} {host_of(connection, at)} {returned[-1]}\n")
         else:
-            out.write(f"R {boottime_ns()}\n")
+            out.write(f"R {boottime_ns()} {number}\n")
         # A local writer keeps asking a standby on one connection; the client looks for the primary anew.
         if outcome is None or (outcome is False and not at) or connection.status != pq.ConnStatus.OK:
             connection.finish()

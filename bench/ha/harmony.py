@@ -23,6 +23,16 @@ from tests.hosts.processes import TOP, Process
 
 HOME = TOP / "build" / "bench"
 AGENT_USER = "nobody"
+GUARDS = {"fencer": "harmony_fencer", "supervisor": "harmony-supervisor"}
+# systemd/harmony.service: ExecStart, ExecStopPost, Restart=always, RestartPreventExitStatus=78.
+UNIT = """
+while :; do
+    "$0/harmony-supervisor" --config "$1/harmony.toml"
+    test $? = 78 && exit 78
+    flock -n -E 99 "$1/run/fencer.lock" true
+    test $? = 99 || "$0/harmony-fencer" --config "$1/run/fencer.json" --if-unguarded "Harmony has ended"
+done
+"""
 
 
 def _python() -> str:
@@ -96,7 +106,7 @@ class Harmony:
     def start(self) -> None:
         for name in self._stores:
             self.start_store(name)
-        make_databases(self._lab, self._parts)
+        make_databases(self._lab, self._parts, self._options)
         for name in DATABASES:
             host = self._lab.hosts[name]
             (host.folder / "harmony.toml").write_text(tomli_w.dumps(self._settings(host)))
@@ -143,8 +153,7 @@ class Harmony:
         for folder, mode in (("run", 0o755), ("state", 0o711)):
             (host.folder / folder).mkdir(exist_ok=True)
             (host.folder / folder).chmod(mode)
-        argv = [str(self._bin / "harmony-supervisor"), "--config", str(host.folder / "harmony.toml")]
-        host.start(argv, host.folder / "harmony.log")
+        host.start(["sh", "-c", UNIT, str(self._bin), str(host.folder)], host.folder / "harmony.log")
 
     def start_store(self, name: str) -> None:
         host = self._lab.hosts[name]
@@ -163,6 +172,9 @@ class Harmony:
 
     def agents(self, host: Light) -> list[Process]:
         return host.processes("harmony.agent")
+
+    def guards(self, host: Light) -> dict[str, list[Process]]:
+        return {name: host.processes(program) for name, program in GUARDS.items()}
 
     def restart_agent(self, name: str) -> None:
         """Nothing: its supervisor has."""

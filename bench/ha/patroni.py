@@ -61,7 +61,7 @@ class Patroni:
     def start(self) -> None:
         for name in self._stores:
             self.start_store(name)
-        make_databases(self._lab, self._parts)
+        make_databases(self._lab, self._parts, self._options)
         self._configure_cluster()
         for name in DATABASES:
             host = self._lab.hosts[name]
@@ -157,6 +157,10 @@ class Patroni:
 
     def agents(self, host: Light) -> list[Process]:
         return host.processes("patroni")
+
+    def guards(self, _host: Light) -> dict[str, list[Process]]:
+        """None: it has no watchdog device here."""
+        return {}
 
     def restart_agent(self, name: str) -> None:
         """As Debian's patroni.service does it (Restart=on-failure); upstream's example has Restart=no."""

@@ -39,6 +39,14 @@ MORE = {
     "postgresql.conf": "log_min_messages = fatal\nlog_min_error_statement = panic\n",
     "pg_hba.conf": f"host all all {NETWORK}.0/24 trust\nhost replication all {NETWORK}.0/24 trust\n",
 }
+LOGS = """
+logging_collector = on
+log_directory = '../log'
+log_filename = 'postgres.log'
+log_rotation_age = 0
+log_timezone = 'UTC'
+log_min_messages = log
+"""
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -49,6 +57,8 @@ class Options(msgspec.Struct, frozen=True):
     sync: str
     stores: int = 1
     failsafe: bool = False  # Patroni's failsafe_mode
+    logs: bool = False  # PostgreSQL's own, at disk/log/postgres.log
+    probes: bool = False  # writers in each database host that wait for no standby
 
 
 class Peer(Protocol):
@@ -67,6 +77,9 @@ class Peer(Protocol):
 
     def agents(self, host: Light) -> list[Process]:
         """The processes that decide about PostgreSQL, without those that guard them."""
+
+    def guards(self, host: Light) -> dict[str, list[Process]]:
+        """The processes that guard PostgreSQL or the agents, by what they are: "fencer", "supervisor"."""
 
     def restart_agent(self, name: str) -> None:
         """What systemd, or an operator, does where the peer itself does not: a dead agent is started again."""
@@ -91,7 +104,7 @@ def names(options: Options) -> list[str]:
     return [*DATABASES, *stores(options.stores), CLIENT]
 
 
-def make_databases(lab: Lab, parts: Parts) -> None:
+def make_databases(lab: Lab, parts: Parts, options: Options) -> None:
     """Three data directories at folder/disk/data, none running."""
     first = lab.hosts[DATABASES[0]]
     for name in DATABASES:
@@ -104,10 +117,11 @@ def make_databases(lab: Lab, parts: Parts) -> None:
         "lib": str(pg.library_dir) if pg.library_dir else "",
         "port": PORT,
         "folders": folders,
-        "more": MORE,
+        "more": {**MORE, "postgresql.conf": MORE["postgresql.conf"] + (LOGS if options.logs else "")},
         "user": user,
     }
-    ready = 'for folder in "$@"; do chmod 755 "$folder"; mkdir -p "$folder/sock"; chown "$0": "$folder/sock"; done'
+    made = 'mkdir -p "$folder/sock" "$folder/log"; chown "$0": "$folder/sock" "$folder/log"'
+    ready = f'for folder in "$@"; do chmod 755 "$folder"; {made}; done'
     first.run(["sh", "-c", ready, user or "root", *folders.values()])
     first.run([sys.executable, "-I", "-c", MAKE_DATABASES, json.dumps(asked)], timeout=120)
 

@@ -24,6 +24,7 @@ class Ack(msgspec.Struct, frozen=True):
     sent_ns: int
     acked_ns: int
     host: str
+    timeline: int = 0  # PostgreSQL's, where the row was written; 0: not noted
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -44,13 +45,20 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 def parse(text: str) -> list[Ack]:
-    """`A id sent acked host` lines; other lines, and a last one cut short, are left out."""
+    """`A id sent acked host [timeline]` lines; other lines, and a last one cut short, are left out."""
     found: list[Ack] = []
     for line in text.splitlines(keepends=True):
         words = line.split()
-        if line.endswith("\n") and len(words) == 5 and words[0] == "A":
-            found.append(Ack(int(words[1]), int(words[2]), int(words[3]), words[4]))
+        if line.endswith("\n") and len(words) in {5, 6} and words[0] == "A":
+            timeline = int(words[5]) if len(words) == 6 else 0
+            found.append(Ack(int(words[1]), int(words[2]), int(words[3]), words[4], timeline))
     return found
+
+
+def parse_unknown(text: str) -> set[int]:
+    """`R time id` lines: rows that were sent, and not acknowledged. They may be in the database, or not."""
+    lines = (line.split() for line in text.splitlines(keepends=True) if line.endswith("\n"))
+    return {int(words[2]) for words in lines if len(words) == 3 and words[0] == "R"}
 
 
 def outage_s(client: Sequence[Ack], fault_ns: int) -> float | None:

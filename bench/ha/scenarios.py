@@ -21,12 +21,16 @@ STALL_S = 30.0
 
 @dataclass
 class Act:
-    """A repeat under way: the primary at the fault, the host that is hit (often the same), what was hit."""
+    """A fault under way: the primary when it struck, the host that is hit (often the same), what was hit.
+
+    `pick` (0 to 1) chooses what the fault leaves open.
+    """
 
     stage: Stage
     old: str
     victim: str
     store: str = ""
+    pick: float = 0.0
 
     def __post_init__(self) -> None:
         self.hit: set[int] = set()

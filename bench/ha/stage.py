@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import psycopg
 
 from bench.ha.harmony import Harmony
 from bench.ha.patroni import Patroni
 from bench.ha.peer import CLIENT, DATABASES, PORT, SUPERUSER, Options, Peer, names
-from bench.ha.records import Ack, parse
+from bench.ha.records import Ack, parse, parse_unknown
 from harmony.demo.client import boottime_ns
 from harmony.demo.parts import find_parts
 from tests.hosts.host import HostError
@@ -42,8 +43,10 @@ SELECT NOT pg_is_in_recovery(),
 class Recorder:
     """One writer's process and its file, read as it grows."""
 
-    def __init__(self, process: subprocess.Popen[bytes], out: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], out: Path, first: int) -> None:
         self.acks: list[Ack] = []
+        self.unknown: set[int] = set()  # sent, and not acknowledged
+        self._first = first
         self._process = process
         self._out = out
         self._read = 0
@@ -56,16 +59,22 @@ class Recorder:
             whole = fresh[: fresh.rfind(b"\n") + 1]
             self._read += len(whole)
             self.acks += parse(whole.decode())
+            self.unknown |= parse_unknown(whole.decode())
         if self._process.poll() is not None:
             raise HostError(f"a writer ended by itself: {self._out.with_suffix('.log').read_text()[-1000:]}")
         return self.acks
 
     def stop(self) -> None:
-        """Read to the end, and end it."""
-        with contextlib.suppress(HostError):
-            self.poll()
+        """End it, and read to the end."""
         self._process.kill()
         self._process.wait()
+        with contextlib.suppress(HostError):
+            self.poll()
+
+    def sent(self) -> set[int]:
+        """Every row that may have reached a database; the last may be under way."""
+        known = {ack.id for ack in self.acks} | self.unknown
+        return known | {max(known, default=self._first) + 1}
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Stage:
         self.lab = Lab(names(options), disks=dict.fromkeys(DATABASES, 1500) if disks else None)
         self.client: Recorder | None = None
         self.local: dict[str, Recorder] = {}
+        self.probes: dict[str, Recorder] = {}  # what they wrote may be lost: they see who is writable
         try:
             (self.lab.base / "parts").mkdir(mode=0o755)
             self.parts = find_parts(self.lab.base / "parts")
@@ -124,16 +134,22 @@ class Stage:
         self.lab.close()
 
     def recorders(self) -> list[Recorder]:
-        return [*([self.client] if self.client else []), *self.local.values()]
+        return [*([self.client] if self.client else []), *self.local.values(), *self.probes.values()]
 
-    def keep_logs(self) -> None:
-        """Where a repeat went wrong its logs are worth more than the space they take."""
+    def keep_logs(self) -> Path:
+        """Where a repeat went wrong its logs are worth more than the space they take. Returns their folder."""
         kept = self.lab.base.with_name(self.lab.base.name.replace("harmony-lab", "harmony-bench-logs"))
         for name in [*self.lab.hosts, "outside"]:
             (kept / name).mkdir(parents=True, exist_ok=True)
             for file in [*(self.lab.base / name).glob("*.log"), *(self.lab.base / name).glob("*.txt")]:
                 shutil.copy(file, kept / name)
+        for name in DATABASES:  # a disk is mounted where only the lab sees it
+            host = self.lab.hosts[name]
+            log = Path(f"/proc/{host.holder}/root{host.folder}/disk/log/postgres.log")
+            if log.exists():
+                shutil.copy(log, kept / name)
         self.say(f"logs are in {kept}")
+        return kept
 
     # ------------------------------------------------------------ writers
 
@@ -146,9 +162,17 @@ class Stage:
             options = ["--at", host.name, "--patience", str(LOCAL_PATIENCE_S), "--pause", "0.01"]
             one = f"host=127.0.0.1 {user} connect_timeout=2"
             self.local[host.name] = self._writer(host, one, number * 10**12, options)
+            if self.options.probes:
+                alone = f"{one} options='-c synchronous_commit=local'"
+                first = (len(hosts) + number) * 10**12
+                self.probes[host.name] = self._writer(
+                    host, alone, first, [*options, "--pause", "0.05"], "-probe"
+                )
 
-    def _writer(self, host: Light, conninfo: str, first: int, options: list[str]) -> Recorder:
-        out = self.lab.base / "outside" / f"{host.name}.txt"
+    def _writer(
+        self, host: Light, conninfo: str, first: int, options: list[str], suffix: str = ""
+    ) -> Recorder:
+        out = self.lab.base / "outside" / f"{host.name}{suffix}.txt"
         argv = [
             sys.executable,
             "-m",
@@ -160,12 +184,12 @@ class Stage:
             *options,
             conninfo,
         ]
-        return Recorder(host.start(argv, out.with_suffix(".log"), outside=True), out)
+        return Recorder(host.start(argv, out.with_suffix(".log"), outside=True), out, first)
 
     def named(self, acks: list[Ack]) -> list[Ack]:
         """With hosts by name, where libpq knows addresses."""
         by_address = {host.address: name for name, host in self.lab.hosts.items()}
-        return [Ack(a.id, a.sent_ns, a.acked_ns, by_address.get(a.host, a.host)) for a in acks]
+        return [msgspec.structs.replace(a, host=by_address.get(a.host, a.host)) for a in acks]
 
     def written_everywhere(self) -> bool:
         """The client and one local writer have rows acknowledged."""
@@ -176,6 +200,12 @@ class Stage:
         """The client has that many rows acknowledged that it sent after `since_ns`."""
         assert self.client is not None
         return sum(ack.sent_ns > since_ns for ack in self.client.poll()[-1000:]) >= rows
+
+    def latest_writer(self) -> str:
+        """The host that acknowledged last; "" before any has."""
+        latest = [recorder.poll()[-1] for recorder in self.recorders() if recorder.acks]
+        found = self.named([max(latest, key=lambda ack: ack.acked_ns)]) if latest else []
+        return found[0].host if found else ""
 
     def another_wrote_since(self, since_ns: int, old: str) -> bool:
         """Some other host than `old` has acknowledged since."""
@@ -249,7 +279,12 @@ class Stage:
 
     def stored(self, name: str) -> set[int]:
         """All rows of the table, at one host."""
-        return {int(str(row[0])) for row in self._ask(name, "SELECT id FROM bench")}
+        return set(self.listed(name))
+
+    def listed(self, name: str) -> list[int]:
+        """The same as the table has them: an index alone would hide a row that is there twice."""
+        every = "SELECT id FROM bench WHERE written IS DISTINCT FROM 'infinity'"
+        return [int(str(row[0])) for row in self._ask(name, every)]
 
     def postmaster(self, name: str) -> Process:
         """Raises HostError when there is none."""

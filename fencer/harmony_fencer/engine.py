@@ -21,6 +21,7 @@ class Outcome:
     rungs: tuple[Rung, ...]
     took_ms: float
     shutdown_lsn: int | None = None  # of a clean one that is proven: where its checkpoint record begins
+    spent: bool = False  # not proven, yet what is left is killed and in the kernel: it never runs again
 
 
 class Rejoining(Protocol):

@@ -71,12 +71,12 @@ class Fencer:
         self._deadline_ns = self._clean_until_ns = 0
         self._order: OrderRecord | None = self._ledger.state.order
         self._self_fence: SelfFence | None = None
-        self._fence_proven = False
+        self._fence_proven = self._spent = False
         self._shutdown_lsn: int | None = None
         self._retiring = False
         self._system_identifier: str | None = None
         self._timeline = 0  # the newest with WAL here that is known of
-        self._running, self._starts = False, 0  # whether a live postmaster was seen, and how often a new one
+        self._running, self._starts = False, 0  # whether a live postmaster was seen, and how many
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
         self._primary = Primary(self._engine, self._save_lease)
@@ -294,7 +294,7 @@ class Fencer:
             await self._effects.end()
         if urgent:
             self._engine.halt()  # what an older activate has started meanwhile
-        self._order, self._fence_proven = record, False
+        self._order, self._fence_proven, self._spent = record, False, False
         match request:
             case Activate():
                 self._active = verdict.generation
@@ -371,7 +371,8 @@ class Fencer:
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
         self._may_write = self.could_write  # standby.signal comes first, and proves nothing from then on
         outcome = await self._engine.stop(clean_until_ns=clean_until_ns)
-        self._fence_proven, self._shutdown_lsn = outcome.proven, outcome.shutdown_lsn
+        self._fence_proven, self._spent = outcome.proven, outcome.spent
+        self._shutdown_lsn = outcome.shutdown_lsn
         self._may_write = self._may_write and not outcome.proven
         self._running = look(self._engine)[1]
         if outcome.proven:
@@ -449,7 +450,7 @@ class Fencer:
             return  # a newer order was accepted while we waited: it does, or its own lease is watched
         self._drop_lease()
         log.warning("fencing by itself", reason=reason, generation=str(self._ledger.state.highest))
-        self._fence_proven = False
+        self._fence_proven = self._spent = False
         self._self_fence = SelfFence(reason[:300], self._clock.now_ns(), "running")
         self._begin(lambda: self._until_proven(reason[:300], clean_until_ns))
 
@@ -457,10 +458,9 @@ class Fencer:
         """A fence of its own is repeated until proven: nobody else may be there to order it again."""
         began = self._clock.now_ns()
         while True:
-            outcome = await self._stop(clean_until_ns)
+            o = outcome = await self._stop(clean_until_ns)
             state: OrderState = "done" if outcome.proven else "failed"
-            told = (outcome.detail, outcome.took_ms, outcome.rungs)
-            self._self_fence = SelfFence(reason, began, state, *told)
+            self._self_fence = SelfFence(reason, began, state, o.detail, o.took_ms, o.rungs)
             self._bell.ring()
             level = log.warning if outcome.proven else log.error
             level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))
@@ -495,5 +495,6 @@ class Fencer:
                 system_identifier=self._system_identifier,
                 timeline=self._timeline,
                 change=self._bell.number,
+                spent=self._spent,
             ),
         )

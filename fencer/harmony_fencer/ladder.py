@@ -7,7 +7,8 @@ own clean shutdown, while time allows. (`immediate`, SIGQUIT, is no rung: a froz
 and for the data it is what a kill is: crash recovery at the next start. docs/adr/006.)
 
 A fence counts only when no process of the data directory lives, nothing is left in its cgroup, and nothing
-listens on its port (I6). What could not be killed stays frozen.
+listens on its port (I6). What could not be killed stays frozen. Where all of that is killed and waits in the kernel for
+a disk, it never runs again: the outcome says `spent` (docs/adr/015).
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Ladder:
                 f"after rung {rung} no process of the data directory is left, but something listens on port "
                 f"{self._port}: {processes.listeners(self._port)}. Stop it, or correct the port in [members]"
             )
-        return Outcome(False, f"{notes}{what}"[:900], tuple(self._rungs), took_ms)
+        spent = bool(left) and self._tree.spent()
+        return Outcome(False, f"{notes}{what}"[:900], tuple(self._rungs), took_ms, spent=spent)
 
     def _rung(self, name: str, begun_ns: int, detail: str) -> None:
         self._rungs.append(Rung(name, (boot_ns() - begun_ns) / 1e6, self._tree.gone(), detail))

@@ -123,6 +123,25 @@ def _alive(pid: int) -> bool:
     return bool(fields) and fields[0] not in {"Z", "X"}
 
 
+def spent(pid: int) -> bool:
+    """Whether every thread of it is in uninterruptible sleep, and SIGKILL is pending for it.
+
+    Such a thread never returns to user mode (signal(7): a fatal signal is acted upon before that). Only what it is
+    in the middle of in the kernel may still end: a write to the disk that it waits for. Raises OSError: cannot tell.
+    """
+    try:
+        tasks = [Path(f"/proc/{pid}/task/{name}/status") for name in os.listdir(f"/proc/{pid}/task")]
+        return all(_killed_in_kernel(task.read_text()) for task in tasks)
+    except GONE:
+        return not _alive(pid)
+
+
+def _killed_in_kernel(status: str) -> bool:
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    state, kill = fields["State"].split()[0], 1 << (signal.SIGKILL - 1)
+    return state in {"Z", "X"} or (state == "D" and bool(int(fields["SigPnd"], 16) & kill))
+
+
 def identity(data: Data) -> Identity | None:
     """None when there is no such directory."""
     if isinstance(data, Place):

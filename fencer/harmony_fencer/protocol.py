@@ -233,6 +233,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
     sync: SyncTold | None = None  # of the active generation
+    # No proof, yet what the newest fence has left is killed and waits in the kernel for a disk: none of it ever runs
+    # again. The place may be given up; nothing may be started here
+    spent: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="refusal"):

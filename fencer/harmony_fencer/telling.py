@@ -27,6 +27,7 @@ class Memory:
     system_identifier: str | None
     timeline: int
     change: int
+    spent: bool
 
 
 def status(c: FencerConfig, ledger: Ledger, parts: Parts, watchdog: Policy, m: Memory) -> Status:
@@ -66,4 +67,5 @@ def status(c: FencerConfig, ledger: Ledger, parts: Parts, watchdog: Policy, m: M
         empty=engine.rejoin.empty,
         cannot_rewind=engine.rejoin.cannot_rewind,
         change=m.change,
+        spent=m.spent,
     )

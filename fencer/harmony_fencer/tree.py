@@ -78,6 +78,17 @@ class Tree:
         except OSError:  # no descriptor, no memory: nothing is proven by what could not be seen
             return False
 
+    def spent(self) -> bool:
+        """Whether all that is left waits in the kernel with SIGKILL pending: it writes nothing and says nothing more.
+
+        Who is found by the second look and was not judged by the first speaks against it.
+        """
+        try:
+            left = {*self.pids(), *self.everybody()}
+            return all(processes.spent(pid) for pid in left) and left >= {*self.pids(), *self.everybody()}
+        except OSError:  # cannot tell
+            return False
+
     def _held(self) -> list[Cgroup]:
         return self._groups if self.own is None else [self.own, *self._groups]
 

@@ -184,6 +184,7 @@ def _view(s: protocol.Status) -> FencerView:
         unfinished=s.unfinished,
         progress=s.progress,
         cannot_rewind=s.cannot_rewind,
+        spent=s.spent,
         rule=_rule(s),
         rule_number=s.sync.number if s.sync is not None else 0,
         rule_done=s.sync is not None and s.sync.done,

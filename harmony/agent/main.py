@@ -20,6 +20,7 @@ import msgspec
 import structlog
 import trio
 
+from harmony.agent.health import Health
 from harmony.agent.memory import Memory, load
 from harmony.agent.probe import Probe, Target
 from harmony.agent.serve import bind, serve
@@ -32,6 +33,7 @@ from harmony.logs import configure_logging
 from harmony.store import open_store
 
 MEMORY_S = 10.0  # longest wait for the agent's own disk at start; then the supervisor starts another one
+LEAST_PATIENCE_S = 10.0
 RETIRING_S = 2.0  # over fence_timeout: below what the supervisor waits for an agent that it has asked to stop
 log = structlog.get_logger("agent")
 
@@ -106,6 +108,11 @@ async def on_signals(
         cancel.cancel()
 
 
+def patience_s(config: Config) -> float:
+    """How long a symptom has to last: generous, as a needless failover is worse than a late one."""
+    return config.sickness.patience_s or max(LEAST_PATIENCE_S, 2 * config.timing.failover_timeout_s)
+
+
 def identity(config: Config) -> Identity:
     """What the core must know of this node and does not change."""
     f = config.failover
@@ -131,6 +138,10 @@ def identity(config: Config) -> Identity:
             flap_window_s=f.flap_window_s,
             rejoin=config.rejoin.mode,
             rejoin_after_s=config.rejoin.after_s,
+            sick_after_s=patience_s(config),
+            sick_handover=config.sickness.action == "handover",
+            restart_budget=f.restart_budget,
+            restart_window_s=f.restart_window_s,
         ),
         sync_mode=config.replication.mode,
     )
@@ -141,7 +152,16 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
     run_dir, folder = Path(config.node.run_dir), Path(config.node.state_dir) / "agent"
     p = config.postgresql
     port = config.members[config.node.name].port
-    probe = Probe(Target(p.socket_dir, port, p.db_user, p.db_name))
+    target = Target(p.socket_dir, port, p.db_user, p.db_name)
+    probe = Probe(target)
+    sickness = config.sickness
+    health = Health(
+        probe,
+        target,
+        p.data_dir,
+        write_probe=sickness.write_probe,
+        disk_free_mb=sickness.disk_free_mb,
+    )
     supervision = Supervision(supervisor_fd)
     s = config.store
     with trio.fail_after(MEMORY_S):  # before the store is touched: whether it lost anything is judged by this
@@ -159,7 +179,7 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
         trio.open_nursery() as nursery,
     ):
         memory = Memory(folder, config.cluster.id)
-        world = World(store, probe, memory, remembered, str(run_dir / "fencer.sock"), supervision.say)
+        world = World(store, probe, health, memory, remembered, str(run_dir / "fencer.sock"), supervision.say)
         shell = Shell(config, identity(config), world)
         listener = bind(run_dir / "agent" / "agent.sock")
 

@@ -1,4 +1,4 @@
-"""Read-only SQL questions to the local PostgreSQL, in a thread, one at a time, each with a deadline.
+"""SQL to the local PostgreSQL, in a thread, one question at a time, each with a deadline.
 
 It changes nothing in the database but for a message in the WAL that nobody reads (`nudge`). A question that hangs
 is left behind, and no other is asked until it has returned: so at most one thread is ever lost to a frozen server, one
@@ -24,11 +24,21 @@ SELECT pg_is_in_recovery(),
          WHERE name ~ '^[0-9A-F]{24}$'),
        EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'),
        (SELECT system_identifier::text FROM pg_control_system()),
+       wal_waiters, sync_waiters, sessions,
+       current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int,
+       pg_postmaster_start_time()::text, checkpointer,
        current_setting('synchronous_standby_names'),
        COALESCE((SELECT json_agg(json_build_array(application_name, sync_priority > 0, flush_lsn - '0/0'::pg_lsn))
                    FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]'),
-       EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep')
+       sync_waiters > 0
+  FROM (SELECT count(*) FILTER (WHERE lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
+               count(*) FILTER (WHERE wait_event = 'SyncRep'),
+               count(*) FILTER (WHERE backend_type = 'client backend'),
+               max(backend_start) FILTER (WHERE backend_type = 'checkpointer')::text
+          FROM pg_stat_activity) AS a (wal_waiters, sync_waiters, sessions, checkpointer)
 """
+# The least that proves a flush to this disk and to nobody else's: a commit that waits for no standby.
+_MESSAGE = "SELECT pg_logical_emit_message(true, 'harmony', '')"
 
 
 @dataclass(frozen=True)
@@ -41,17 +51,34 @@ class Target:
     dbname: str
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """What an answer tells of PostgreSQL's health. Without pg_monitor waits and births of others are not seen."""
+
+    flushed: int  # WAL position in bytes; of a standby: received
+    wal_waiters: int = 0  # sessions and processes that wait for WAL to be written or flushed
+    sync_waiters: int = 0  # sessions that wait for a synchronous standby
+    sessions: int = 0
+    limit: int = 0  # of them, for who is no superuser
+    postmaster_born: str = ""
+    checkpointer_born: str = ""
+
+
 class Probe:
     """`await ask(now, timeout_s)`: a DbSeen dated `now` (CLOCK_BOOTTIME ns, taken before), or DbSilent."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
+        self._writer: psycopg.Connection[tuple[object, ...]] | None = None
+        self.vitals: Vitals | None = None  # of the newest answer
+        self.refused = ""  # what the newest question was answered with instead: an error; "": nothing
         self._busy = False
         self._checkpointing = False
         self._nudging = False
 
     async def ask(self, now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
+        self.refused = ""
         if self._busy:
             return DbSilent("the previous question is still unanswered: PostgreSQL hangs")
         with trio.move_on_after(timeout_s):
@@ -64,7 +91,9 @@ class Probe:
             return self._query(now_ns)
         except psycopg.Error as e:
             self.close()
-            return DbSilent(" ".join(str(e).split())[:300])
+            why = " ".join(str(e).split())[:300]
+            self.refused = "" if isinstance(e, psycopg.errors.ConnectionTimeout) else why
+            return DbSilent(why)
         finally:
             self._busy = False
 
@@ -74,9 +103,19 @@ class Probe:
         row = self._connection.execute(_QUESTION).fetchone()
         if row is None:
             return DbSilent("PostgreSQL gave no row")
-        recovering, received, replayed, timeline, streaming, system_identifier, names, senders, waiting = row
+        recovering, received, replayed, timeline, streaming, system_identifier, *rest = row
+        wal, sync, sessions, limit, postmaster, checkpointer, names, senders, waiting = rest
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
+        self.vitals = Vitals(
+            position,
+            _number(wal),
+            _number(sync),
+            _number(sessions),
+            _number(limit),
+            str(postmaster or ""),
+            str(checkpointer or ""),
+        )
         return DbSeen(
             db="standby" if recovering else "primary",
             timeline=_number(timeline),
@@ -101,6 +140,25 @@ class Probe:
             autocommit=True,
             application_name="harmony-agent",
         )
+
+    def write(self) -> str:
+        """A message into the WAL, flushed here; blocks as long as that takes. Why it was refused, or "".
+
+        Any role may (pg_logical_emit_message is PUBLIC's); logical decoding shows it, nothing else ever reads it.
+        """
+        try:
+            if self._writer is None:
+                self._writer = self._connect()
+                self._writer.execute("SET synchronous_commit = local")
+            self._writer.execute(_MESSAGE)
+        except psycopg.Error as e:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            full = isinstance(e, psycopg.errors.DiskFull)
+            what = "THE DISK IS FULL" if full else "the write probe fails"
+            return f"{what}: {' '.join(str(e).split())[:200]}"
+        return ""
 
     async def checkpoint(self, timeout_s: float) -> str:
         """CHECKPOINT; why it came to nothing, or empty.

@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from harmony.admin import AcceptReply, ErrorReply, NodeView, SelfView, Shown, StatusReply, StoreView
+from harmony.agent.health import Health
 from harmony.agent.link import FencerLink
 from harmony.agent.memory import Memory
 from harmony.agent.probe import Probe
@@ -80,6 +81,7 @@ class World:
 
     store: Store
     probe: Probe
+    health: Health
     memory: Memory
     remembered: Remembered
     fencer_socket: str
@@ -95,6 +97,7 @@ class Shell:
         self._timing: Timing = config.timing
         self._store = world.store
         self._probe = world.probe
+        self._health = world.health
         self._memory = world.memory
         self._damage = world.remembered.damage
         self._say = world.say
@@ -155,7 +158,9 @@ class Shell:
     async def _probing(self) -> None:
         while True:
             started = boot_ns()
-            self.post(await self._probe.ask(started, self._timing.heartbeat_timeout_s))
+            answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)
+            self.post(answer)
+            self.post(await self._health.look(started, answer, self._timing.heartbeat_timeout_s))
             r = self._view.ruling
             pause_s = self._timing.heartbeat_interval_s / 2
             if r is not None and r.taken_ns and r.worst != r.told:

@@ -88,6 +88,10 @@ def _complaints(n: NodeView, primary: str | None) -> list[str]:
         found.append(f"the fencer of {n.name} does not answer")
     if m.latched:
         found.append(f"{n.name} is latched by an operator")
+    if m.sick:
+        found.append(f"PostgreSQL of {n.name} is SICK: {m.sick}")
+    if m.note:
+        found.append(f"PostgreSQL of {n.name}: {m.note}")
     if n.name == primary and m.db != "primary":
         found.append(f"the database of {n.name} is {m.db}")
     if n.name != primary and m.db == "primary":
@@ -115,6 +119,7 @@ def _row(s: StatusReply, n: NodeView) -> list[str]:
         *([] if m.fencer_ok else ["fencer silent"]),
         *([m.progress] if m.progress else []),
         *([m.cannot_rewind] if m.cannot_rewind else []),
+        *(["sick"] if m.sick else []),
         *(["not streaming"] if m.db == "standby" and not m.streaming else []),
     ]
     return [

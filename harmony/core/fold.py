@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from harmony.core import register, ruling
+from harmony.core import register, ruling, sickness
 from harmony.core.messages import (
     Accepted,
     CheckpointDone,
@@ -20,6 +20,7 @@ from harmony.core.messages import (
     FencerSeen,
     FencerSilent,
     FencerView,
+    HealthSeen,
     Marks,
     MemberSeen,
     OrderRefused,
@@ -35,7 +36,7 @@ from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.sync import Rule
 from harmony.core.timing import Timing
-from harmony.core.view import LEADING, Identity, View, is_leading, is_mine
+from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine
 from harmony.records import CLUSTER_STATE
 
 LASTING = 10  # answers in a row that say `streaming`: it has come back for good
@@ -84,11 +85,13 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
                 return v  # asked before the end of a promotion
             if v.ruling is not None and e.db == "primary":
                 v = replace(v, ruling=ruling.database_seen(v.ruling, e))
-            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), e, now_ns)
+            return _streaming(replace(v, db=e, db_ns=now_ns, follows=0), v.db, e, now_ns)
         case DbSilent():
             return v
+        case HealthSeen():
+            return sickness.looked(v, e, me, now_ns)
         case FencerSeen(view=f):
-            return _rejoin_seen(_fencer_seen(v, f, now_ns), f, now_ns)
+            return _rejoin_seen(_fencer_seen(v, f, me, now_ns), f, now_ns)
         case FencerSilent(reason=reason):
             return replace(v, fencer_silent=reason)
         case CheckpointDone():
@@ -103,11 +106,16 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return replace(v, ruling=None) if ours else v  # what is in force is looked at anew
 
 
-def _streaming(v: View, e: DbSeen, now_ns: int) -> View:
-    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, too."""
+def _streaming(v: View, before: DbSeen | None, e: DbSeen, now_ns: int) -> View:
+    """One answer proves nothing: the WAL receiver of a diverged standby streams for moments, several a second.
+
+    But these bring nothing new, and stay on a timeline that the primary has left.
+    """
     if e.db == "primary":
         return replace(v, streams=0, unstreamed_ns=0, rejoins=0, rejoined=False, rejoin_why="")
-    streams = v.streams + 1 if e.streaming else 0
+    left = v.cluster is not None and e.timeline < v.cluster.timeline
+    gains = before is not None and e.received_lsn > before.received_lsn
+    streams = v.streams + 1 if e.streaming and (gains or not left) else 0
     if streams >= LASTING:
         v = replace(v, rejoins=0, rejoined=False, rejoin_why="")
     if streams > 1:
@@ -127,7 +135,7 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
     return replace(v, rejoined=f.order_state == "done", rejoin_why=why)
 
 
-def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
+def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
     v = replace(v, fencer=f, fencer_silent="")
     if v.ruling is not None:
         v = replace(v, ruling=ruling.fencer_seen(v.ruling, f, now_ns))
@@ -138,7 +146,12 @@ def _fencer_seen(v: View, f: FencerView, now_ns: int) -> View:
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven
-        v = replace(v, db=None, postgres_failed=v.postgres_failed or died)
+        if died and not v.postgres_failed:
+            v = sickness.crashed(v, now_ns)
+            # A synchronous standby takes over at once and loses nothing; an asynchronous one may.
+            waited_for = v.cluster is not None and v.cluster.sync_count > 0
+            v = replace(v, restart=not waited_for and sickness.within_budget(v, me, now_ns))
+        v = replace(v, db=None, sick=Sickness(), postgres_failed=v.postgres_failed or died)
     return v
 
 

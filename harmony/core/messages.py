@@ -15,6 +15,8 @@ from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
 OrderOp = Literal["activate", "fence", "follow", "rejoin"]
+# silent: gives no answer; closed: lets nobody in; stopped: by a signal; stalled: WAL does not get to the disk
+Symptom = Literal["", "silent", "closed", "stopped", "stalled"]
 Gen = tuple[int, int]  # (term, order), as the fencer compares them
 
 
@@ -45,6 +47,7 @@ class FencerView:
     empty: str = ""  # bootstrap.method, where nothing stands at data_dir and something may be made there
     adopting: bool = False  # PostgreSQL runs as a primary with an operator's permit and without a lease
     timeline: int = 0  # the newest with WAL here that it knows of
+    spent: bool = False  # what is left of PostgreSQL is killed, and waits in the kernel: none runs again
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
     rule: Rule | None = None  # that PostgreSQL was told in the active generation; None: not known
     rule_number: int = 0  # 0: with the order itself
@@ -190,6 +193,22 @@ class DbSilent:
 
 
 @dataclass(frozen=True, slots=True)
+class HealthSeen:
+    """What a look at the local PostgreSQL's health has found. `asked_ns` is before it, `why` the evidence in words.
+
+    `blind`: it was answered by an error, which says neither. `crashed`: since the look before, it has restarted itself
+    after a crash of one of its processes. `note`: what people should know and nothing is done about.
+    """
+
+    asked_ns: int
+    symptom: Symptom = ""
+    why: str = ""
+    blind: bool = False
+    crashed: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class FencerSeen:
     """The fencer's newest status."""
 
@@ -240,6 +259,7 @@ Event = (
     | ReadFailed
     | DbSeen
     | DbSilent
+    | HealthSeen
     | FencerSeen
     | FencerSilent
     | OrderRefused

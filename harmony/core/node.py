@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from harmony.core import register, ruling
+from harmony.core import register, ruling, sickness
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
     Checkpoint,
@@ -36,6 +36,7 @@ from harmony.core.timing import NS, Timing
 from harmony.core.view import (
     Identity,
     SentOrder,
+    Sickness,
     View,
     database,
     distrust,
@@ -50,6 +51,8 @@ from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Member
 HANDOVER_PAUSES = 10  # times failover_timeout, before a hand-over that nobody asked for is tried again
 KEEP_NS = 10 * NS  # how old the marks on disk may grow; a new term is kept at once
 MAX_LOSSES = 8
+START_FAILED = frozenset({406, 808})  # rows
+SICK = frozenset({211, 405, 807, 911})
 MAX_CHANGES = 32
 
 
@@ -63,7 +66,8 @@ def step(
 ) -> tuple[View, list[Command]]:
     """Fold `events`, decide once, and return the new view with the commands to carry out, in order."""
     if v.last_step_ns and now_ns - v.last_step_ns > t.interval_ns + t.timeout_ns:
-        v = replace(v, silent_from_ns=now_ns)  # we were not running: our clock proves no silence
+        # We were not running: our clock proves no silence, of nobody.
+        v = replace(v, silent_from_ns=now_ns, sick=sickness.not_running(v.sick, now_ns))
     v = replace(v, last_step_ns=now_ns)
     for e in events:
         v = fold(v, e, me, t, now_ns)
@@ -120,15 +124,18 @@ def _apply(
             resumed = v.lease_until_ns == 0 and f is not None and f.lease_deadline_ns is not None
             if resumed and f is not None and f.lease_deadline_ns is not None:
                 v = replace(v, lease_until_ns=f.lease_deadline_ns)
-            v = replace(v, postgres_failed=False)
+            v = replace(v, postgres_failed=False, restart=False)
         if d.next in {State.WATCHING, State.YIELDING}:
-            v = replace(v, lost=False, lease_until_ns=0, postgres_failed=False)
-        if v.state in WRITABLE_STATES and "demote" not in d.do:
+            crashes = v.crashes if o.leads == "me" else ()
+            v = replace(
+                v, lost=False, lease_until_ns=0, postgres_failed=False, restart=False, crashes=crashes
+            )
+        if v.state in WRITABLE_STATES and "demote" not in d.do and not v.restart:
             v = replace(v, losses=(*v.losses, now_ns)[-MAX_LOSSES:])
         if "demote" not in d.do:
             v = replace(v, successor=None, request="", checkpoint="")
-        if d.row in {406, 808}:
-            v = replace(v, postgres_failed=True)
+        if d.row in START_FAILED | SICK:
+            v = replace(v, postgres_failed=True, restart=False)
     if d.next is not v.state:
         v = replace(v, entered=(row, why))
     v = replace(v, state=d.next, row=row, why=why)
@@ -196,7 +203,7 @@ def _act(
                 v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
             v = replace(v, streams=0, unstreamed_ns=0)
-            return replace(v, order=sent, db=None)
+            return replace(v, order=sent, db=None, sick=Sickness(), note="")
 
 
 def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool) -> Gen:
@@ -395,4 +402,6 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         progress=f.progress if f is not None else "",
         cannot_rewind=f.cannot_rewind if f is not None else "",
         barred=barred(v, me, t, now_ns) != "",
+        sick=sickness.verdict(v, me, now_ns),
+        note=v.note,
     )

@@ -5,7 +5,7 @@ The two-clock rule, the fate of an order, who may take over and whether leadersh
 
 from __future__ import annotations
 
-from harmony.core import candidate, rejoin
+from harmony.core import candidate, rejoin, sickness
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.table import Observation, Order
 from harmony.core.timing import Timing
@@ -145,6 +145,8 @@ def unfit_by(c: ClusterState | None, m: Member | None, name: str) -> str:
         return f"{name} is being stopped"
     if m.latched or m.nofailover:
         return f"{name} is {'latched by an operator' if m.latched else 'tagged nofailover'}"
+    if m.sick:
+        return f"{name} is sick: {m.sick}"
     if m.distrust or not m.fencer_ok:
         return f"{name} {'distrusts the store' if m.distrust else 'has no fencer'}"
     if m.db != "standby" or m.timeline < c.timeline:
@@ -234,7 +236,7 @@ def confirms(v: View, me: Identity, t: Timing, now_ns: int) -> int:
     fit = (
         f.trusted
         and f.latched is None
-        and not (me.nofailover or distrust(v) or v.retiring)
+        and not (me.nofailover or distrust(v) or v.retiring or v.sick.ill)
         and v.failures == 0
         and database(v, t, now_ns) == "standby"
     )
@@ -305,6 +307,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     pause = FENCE_PAUSE_NS if v.order is not None and v.order.op == "fence" else ORDER_PAUSE_NS
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
+    fit = _fit(v, me, t, now_ns)
     flapping = losses(v, me, now_ns) > 1
     verdict = candidate.Verdict(ok=False, why="")
     if v.cluster is not None and (who == "vacant" or (who == "other" and is_stale)):
@@ -350,8 +353,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and f.is_standby
         and (who != "other" or f.following == target(v, me)),
         postgres_failed=v.postgres_failed,
-        peer_ready=not stopped(v, me)
-        and any(n != me.node and n in v.members and not unfit(v, n, t, now_ns) for n in me.members),
+        peer_ready=bool(fit),
         flapping=flapping,
         term_behind=highest(v)[0] > term,
         latched=f is not None and f.latched is not None,
@@ -386,7 +388,34 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         astray=rejoin.astray(v, me, is_stale=is_stale),
         rejoin_why=rejoin.why(v, now_ns),
         may_follow=rejoin.may_follow(v, now_ns),
+        sick=sickness.verdict(v, me, now_ns),
+        unwell=sickness.unwell(v, me, now_ns),
+        heir=me.policy.sick_handover and _heard_enough(v, fit, t, now_ns),
+        spent=f is not None
+        and not v.fencer_silent
+        and f.spent
+        and f.active is None
+        and f.highest >= highest(v),
+        restart_here=v.restart,
     )
+
+
+def _fit(v: View, me: Identity, t: Timing, now_ns: int) -> list[str]:
+    """Who else could take over; nobody where automatic failover is stopped. Asynchronous: within the lag allowed."""
+    c = v.cluster
+    if c is None or stopped(v, me):
+        return []
+    fit = [n for n in me.members if n != me.node and not unfit(v, n, t, now_ns)]
+    return [n for n in fit if c.sync_voters or c.lsn - v.members[n].received_lsn <= me.maximum_lag_bytes]
+
+
+def _heard_enough(v: View, fit: list[str], t: Timing, now_ns: int) -> bool:
+    """Whether one of `fit` will be eligible: with quorum, so many standbys must tell their final positions."""
+    c = v.cluster
+    if c is None or not c.sync_voters:
+        return bool(fit)
+    heard = [n for n in c.sync_voters if alive(v, n, t, now_ns) and v.members[n].db == "standby"]
+    return bool(fit) and len(heard) > len(c.sync_voters) - c.sync_count
 
 
 def barred(v: View, me: Identity, t: Timing, now_ns: int) -> str:
@@ -396,6 +425,8 @@ def barred(v: View, me: Identity, t: Timing, now_ns: int) -> str:
         return "this agent was asked to stop"
     if distrust(v):
         return f"the store is distrusted: {distrust(v)}"
+    if v.sick.ill:
+        return f"PostgreSQL is sick here: {sickness.verdict(v, me, now_ns)}"
     if v.losses and not steady(v, me, t, now_ns):
         return "leadership was lost here more than once: waiting for more good heartbeats"
     planned = c is not None and c.primary is None and c.successor is not None

@@ -124,7 +124,7 @@ def able(v: View, r: Ruling, me: Identity, t: Timing, now_ns: int) -> frozenset[
             ok = p.since_ns > 0 and r.seen_ns - p.since_ns >= t.lease_ns
         if ok:
             found.add(name)
-            if m is not None and not (m.nofailover or m.latched):
+            if m is not None and not (m.nofailover or m.latched or m.sick):
                 fit.add(name)
     return frozenset(fit if len(fit) >= me.sync_count else found)
 

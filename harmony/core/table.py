@@ -85,6 +85,11 @@ class Observation:
     astray: bool = False  # and it is from a primary that leads no more
     rejoin_why: str = ""  # why the last one came to nothing
     may_follow: bool = True  # the pause after a follow that came to nothing is over
+    sick: str = ""  # why PostgreSQL here must not lead as it is, though it lives
+    unwell: str = ""  # a symptom that has not outlasted the patience
+    heir: bool = False  # a live standby that is allowed to take over, certainly, once the place is vacant
+    spent: bool = False  # what a fence has left of PostgreSQL runs no more, though it is not gone
+    restart_here: bool = False  # PostgreSQL died, and is to be restarted in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +153,23 @@ def _must_vacate(o: Observation) -> bool:
             o.latched
             or not o.trusted
             or o.term_behind
-            or (o.peer_ready and (o.postgres_failed or o.flapping))
+            or (o.peer_ready and (o.flapping or (o.postgres_failed and not o.restart_here)))
         )
     )
 
 
 def _order_why(o: Observation) -> str:
     return f"({o.order_why})" if o.order_why else ""
+
+
+def _activated_sick(o: Observation) -> bool:
+    """Its first answer does not come: nobody has begun to rely on it."""
+    return o.order_op == "activate" and o.order == "done" and o.sick != ""
+
+
+def _unproven_why(o: Observation) -> str:
+    left = "what is left never runs again" if o.spent else "PostgreSQL may still be writing"
+    return f"{left} {_order_why(o)}"
 
 
 def _rejoins(o: Observation) -> bool:
@@ -212,8 +227,9 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             "PostgreSQL died",
             lambda o: o.fencer_known and not o.postgres_up,
             down,
-            "PostgreSQL died; fencing what is left of it, then handing over",
+            "PostgreSQL died; fencing what is left of it,",
             "fence",
+            detail=lambda o: "then restarting it here" if o.restart_here else "then handing over",
         ),
         _row(
             base + 6,
@@ -241,6 +257,16 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             down,
             "PostgreSQL says it is in recovery: it is not our primary; fencing",
             "fence",
+        ),
+        _row(
+            base + 11,
+            state,
+            "PostgreSQL sick beyond patience, another can lead",
+            lambda o: o.sick != "" and o.heir and o.failures == 0 and not o.distrust,
+            down,
+            "PostgreSQL is sick, and another can lead: fencing, then handing over;",
+            "fence",
+            detail=lambda o: o.sick,
         ),
         _row(
             base + 12,
@@ -291,6 +317,24 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
             "ALARM, leading on while the lease is renewed:",
             detail=lambda o: o.distrust,
         ),
+        _row(
+            base + 22,
+            state,
+            "PostgreSQL sick beyond patience, no hand-over",
+            lambda o: o.sick != "",
+            state,
+            "ALARM, leading on, as a hand-over is not possible for certain, or not wanted; PostgreSQL is sick:",
+            detail=lambda o: o.sick,
+        ),
+        _row(
+            base + 24,
+            state,
+            "PostgreSQL unwell",
+            lambda o: o.unwell != "",
+            state,
+            "PostgreSQL is unwell, which may be nothing but load:",
+            detail=lambda o: o.unwell,
+        ),
     )
 
 
@@ -318,12 +362,14 @@ TABLE: tuple[Row, ...] = (
     _row(162, S.ADOPTING, "good heartbeats", lambda o: o.recovered and o.lease_left and not o.writing and o.trusted and not o.distrust and not o.term_behind and o.order != "running" and o.may_order, S.ADOPTING, "the store is good: taking the running PostgreSQL over", "activate"),
     *_leader_rows(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
-    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
+    _row(301, S.P_FAILED, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.P_FAILED, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
+    _row(302, S.P_FAILED, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.P_FAILED, "the fence is NOT proven: ordering it again;", "fence", detail=_unproven_why),
     _row(304, S.P_FAILED, "no fence under way", _unproven, S.P_FAILED, "ordering a fence", "fence"),
     _row(398, S.FENCED, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"} and o.fence_proven, S.P_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(400, S.FENCED, "term is not ours", lambda o: o.lost or o.leads in {"other", "vacant"}, S.YIELDING, "fenced, and the store shows that the term is no longer ours: yielding"),
     _row(402, S.FENCED, "ours, but may not resume", lambda o: _must_vacate(o) and o.fence_proven, S.FENCED, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
     _row(404, S.FENCED, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.HEALTHY, "PostgreSQL is the writable primary again"),
+    _row(405, S.FENCED, "activated, and sick beyond patience", _activated_sick, S.P_FAILED, "activated, and PostgreSQL is sick; fencing again:", "fence", detail=lambda o: o.sick),
     _row(406, S.FENCED, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.P_FAILED, "activation failed; fencing again", "fence", detail=_order_why),
     _row(407, S.FENCED, "ours, store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.fence_proven, S.FENCED, "ALARM, staying fenced:", detail=lambda o: o.distrust),
     _row(408, S.FENCED, "ours, good heartbeats", lambda o: o.leads == "me" and o.recovered and o.lease_left and not o.writing and not o.latched and o.trusted and not o.term_behind and o.fence_proven and o.reserved and o.order_op != "activate" and o.may_order, S.FENCED, "fresh look at the store: the term is still ours; activating", "activate"),
@@ -376,6 +422,7 @@ TABLE: tuple[Row, ...] = (
     _row(802, S.PROMOTING, "latched", lambda o: o.latched, S.DEMOTING, "latched by an operator while promoting; fencing", "fence"),
     _row(804, S.PROMOTING, "lease over or heartbeats failing", lambda o: not o.writing and (o.failing or not o.lease_left), S.DEMOTING, "lost the store while promoting; fencing", "fence"),
     _row(806, S.PROMOTING, "activate done, writable", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary", S.LEADER, "promoted: PostgreSQL is the writable primary"),
+    _row(807, S.PROMOTING, "activated, and sick beyond patience", _activated_sick, S.DEMOTING, "promoted, and PostgreSQL is sick; fencing:", "fence", detail=lambda o: o.sick),
     _row(808, S.PROMOTING, "activate failed", lambda o: o.order_op == "activate" and o.order == "failed", S.DEMOTING, "promotion failed; fencing", "fence", detail=_order_why),
     _row(809, S.PROMOTING, "store distrusted", lambda o: o.leads == "me" and o.distrust != "" and o.order_op != "activate", S.PROMOTING, "ALARM, not activating:", detail=lambda o: o.distrust),
     _row(810, S.PROMOTING, "claim won", lambda o: not o.writing and o.leads == "me" and o.lease_left and not o.term_behind and o.reserved and o.order_op != "activate", S.PROMOTING, "claim won: activating", "activate"),
@@ -383,8 +430,9 @@ TABLE: tuple[Row, ...] = (
     _row(996, S.DEMOTING, "demoted for a successor", _hands_over, S.DEMOTING, "PostgreSQL is gone: writing the vacancy for the successor,", "vacate", detail=lambda o: str(o.named)),
     _row(1000, S.DEMOTING, "fence proven, heartbeats failing", lambda o: o.fence_proven and o.failing and not o.lost, S.R_FAILED, "the fence is proven; the store is out of reach"),
     _row(1002, S.DEMOTING, "fence proven, may not resume", lambda o: o.fence_proven and _must_vacate(o), S.DEMOTING, "fenced for good on this node: writing the vacancy so that another need not wait", "vacate"),
+    _row(1003, S.DEMOTING, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.DEMOTING, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
     _row(1004, S.DEMOTING, "fence proven, may go on", lambda o: o.fence_proven and (o.leads != "me" or (o.recovered and not o.writing)), S.WATCHING, "the fence is proven: going back to watching"),
-    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again; PostgreSQL may still be writing", "fence", detail=_order_why),
+    _row(1006, S.DEMOTING, "fence failed", lambda o: _unproven(o) and o.order == "failed", S.DEMOTING, "the fence is NOT proven: ordering it again;", "fence", detail=_unproven_why),
     _row(1008, S.DEMOTING, "no fence under way", _unproven, S.DEMOTING, "ordering a fence", "fence"),
     _row(1100, S.R_FAILED, "good heartbeats again", lambda o: o.recovered, S.WATCHING, "heartbeats are good again: watching"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from harmony.core.messages import DbSeen, FencerView, Gen, Marks, OrderOp
+from harmony.core.messages import DbSeen, FencerView, Gen, Marks, OrderOp, Symptom
 from harmony.core.register import Register
 from harmony.core.states import State
 from harmony.core.sync import Mode, Rule, Ruling
@@ -47,6 +47,18 @@ class Policy:
     flap_window_s: float = 600.0
     rejoin: Literal["automatic", "off"] = "automatic"
     rejoin_after_s: float = 10.0
+    sick_after_s: float = 0.0  # 0: no symptom ever counts as an illness
+    sick_handover: bool = True
+    restart_budget: int = 0
+    restart_window_s: float = 600.0
+
+    @property
+    def sick_after_ns(self) -> int:
+        return round(self.sick_after_s * NS)
+
+    @property
+    def restart_window_ns(self) -> int:
+        return round(self.restart_window_s * NS)
 
     @property
     def failback_after_ns(self) -> int:
@@ -92,6 +104,17 @@ class SentOrder(msgspec.Struct, frozen=True):
     primary: str | None = None
     clean: bool = False
     done_ns: int = 0  # when the fencer was first seen to have carried it out
+
+
+class Sickness(msgspec.Struct, frozen=True):
+    """What PostgreSQL here suffers from while it is not dead (sickness.py)."""
+
+    symptom: Symptom = ""
+    why: str = ""
+    since_ns: int = 0  # it has lasted since then, without a sign of progress; 0: there is none
+    flowed: int = 0  # the most WAL that another member had received then
+    ill: bool = False  # it has outlasted the operators' patience
+    well: int = 0  # good looks in a row, while ill
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]
@@ -180,6 +203,11 @@ class View(msgspec.Struct, frozen=True):
     rejoin_ns: int = 0  # when the newest was last seen running, or sent
     rejoin_why: str = ""  # what the newest came to; "": there was none since it last streamed for long
     postgres_failed: bool = False
+    restart: bool = False  # it died, and is to be restarted here (ADR 015)
+    # sickness that is not death
+    sick: Sickness = Sickness()
+    crashes: tuple[int, ...] = ()  # when PostgreSQL died or crashed under us, newest last
+    note: str = ""
 
 
 def leads(v: View, me: Identity) -> Leads:

@@ -71,10 +71,17 @@ def connect_blocking(conninfo: str) -> abc.PGconn | None:
     return connection
 
 
-def acknowledged(connection: abc.PGconn, statement: bytes, number: int, timeout_s: float) -> bool | None:
+def acknowledged(
+    connection: abc.PGconn,
+    statement: bytes,
+    number: int,
+    timeout_s: float,
+    returned: list[str] | None = None,
+) -> bool | None:
     """Write one row: True acknowledged, False refused by the server, None unknown (dead or too late).
 
     An acknowledgement that comes with a warning is unknown: so PostgreSQL says 'committed here only'.
+    `returned` takes what the statement's RETURNING said, its first column.
     """
     deadline = time.monotonic() + timeout_s
     warned: list[bool] = []
@@ -93,7 +100,9 @@ def acknowledged(connection: abc.PGconn, statement: bytes, number: int, timeout_
             result = connection.get_result()
             if result is None:
                 break
-            outcome = result.status == pq.ExecStatus.COMMAND_OK
+            outcome = result.status in {pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK}
+            if returned is not None and result.ntuples:
+                returned.append((result.get_value(0, 0) or b"").decode())
     except psycopg.OperationalError:
         return None
     if connection.status != pq.ConnStatus.OK or (outcome and warned):

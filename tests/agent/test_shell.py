@@ -20,7 +20,7 @@ from harmony.agent.main import identity
 from harmony.agent.memory import Memory
 from harmony.agent.shell import Shell, World
 from harmony.config import Config, load
-from harmony.core.messages import DbSilent, Marks, Remembered, Retiring
+from harmony.core.messages import DbSeen, DbSilent, HealthSeen, Marks, Remembered, Retiring
 from harmony.records import CLUSTER_STATE, CONTROL, Control, encode
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_commands import CLUSTER
@@ -48,6 +48,11 @@ LEADS = msgspec.structs.replace(CLUSTER, cluster_id="c1", primary="n1", last_pri
 class SilentProbe:
     async def ask(self, now_ns: int, timeout_s: float) -> DbSilent:
         return DbSilent("no database in this test")
+
+
+class NoHealth:
+    async def look(self, asked_ns: int, answer: DbSeen | DbSilent, timeout_s: float) -> HealthSeen:
+        return HealthSeen(asked_ns)
 
 
 @dataclass
@@ -82,8 +87,8 @@ async def running(
 ) -> AsyncIterator[Running]:
     store, kept = MemoryStore(server, "c1"), Memory(tmp_path, "c1")
     found = remembered or memory.load(tmp_path, "c1")
-    probe = SilentProbe()
-    world = World(store, probe, kept, found, str(tmp_path / "none"), lambda text: None)  # type: ignore[arg-type]
+    nowhere = str(tmp_path / "none")
+    world = World(store, SilentProbe(), NoHealth(), kept, found, nowhere, lambda text: None)  # type: ignore[arg-type]
     made = Running(Shell(config, identity(config), world), server, store, tmp_path, trio.Event())
 
     async def run() -> None:

@@ -111,6 +111,8 @@ STALE = replace(R, cluster_stale=True)
         (with_node(R, "n1", db="down"), 1, "database of n1"),
         (with_node(R, "n2", fencer_ok=False), 1, "fencer of n2"),
         (with_node(R, "n2", latched=True), 1, "latched"),
+        (with_node(R, "n1", sick="silent for longer"), 1, "PostgreSQL of n1 is SICK: silent for longer"),
+        (with_node(R, "n2", note="the disk is full"), 1, "PostgreSQL of n2: the disk is full"),
         (replace(R, myself=replace(R.myself, distrust="lost history")), 1, "n1 DISTRUSTS the store: lost"),
         (with_node(R, "n2", distrust="lost history"), 1, "n2 DISTRUSTS the store: lost history"),
         (replace(R, myself=replace(R.myself, stopped="5 changes: stopped")), 1, "5 changes: stopped"),

@@ -72,6 +72,10 @@ class Leading:
         self.own: Member | None = None
         self.do(0.1, seen(self.record, 50), MemberSeen(node, None, 0, 0))
 
+    def at_each_tick(self) -> list[Event]:
+        """What is seen besides."""
+        return []
+
     def do(self, seconds: float, *events: Event) -> None:
         queue = list(events)
         for _ in range(max(1, round(seconds * NS) // TICK)):
@@ -83,6 +87,7 @@ class Leading:
                 queue += [self.fencer, type(db)("primary", 4, 1000, 1000, False, "sys", self.now)]
             else:
                 queue.append(self.fencer)
+            queue += self.at_each_tick()
             self.view, commands = step(self.view, queue, self.me, FAST, self.now)
             queue = []
             for c in commands:

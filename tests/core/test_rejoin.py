@@ -132,6 +132,31 @@ def test_a_diverged_standby_is_rejoined_with_the_clusters_identity() -> None:
     assert "a rejoin is under way" in c.view.why
 
 
+def test_a_receiver_that_tries_again_and_again_does_not_put_off_the_rejoin() -> None:
+    """Seen in chaos: it streams for moments, several a second, and a probe meets two of them in a row now and then."""
+    c = Following()
+    c.diverges()
+    began_ns = c.now
+    while not c.orders:
+        assert c.now - began_ns < (AFTER_S + 2) * NS, "put off"
+        c.streaming = True
+        c.do(0.3)
+        c.streaming = False
+        c.do(0.7)
+    assert c.ops == ["rejoin"]
+
+
+def test_who_catches_up_on_the_timeline_that_was_left_is_not_rejoined() -> None:
+    """The new primary has the old timeline's WAL, too, and sends that first."""
+    c = Following()
+    c.lsn = 100
+    c.record = msgspec.structs.replace(c.record, timeline=5)
+    for _ in range(round(3 * AFTER_S * NS) // TICK):
+        c.lsn += 1
+        c.do(0.1)
+    assert c.orders == []
+
+
 @pytest.mark.parametrize(
     ("broken", "value"),
     [

@@ -182,6 +182,7 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         successes=min(v.successes, t.success_threshold),
         failed_why="",
         losses=(),
+        crashes=(),  # of them only the newest counts: the budget of the model is 0
         refused=(v.refused[0], "") if v.refused is not None else None,
         named_ns=past(v.named_ns, wait) if v.successor is not None else 0,
         handover_pause_until_ns=0,

@@ -137,6 +137,7 @@ MEANING = {
     "Status.cannot_rewind": "why `pg_rewind` could not help here and what to do; empty: nothing is known against it",
     "Status.progress": "what a `rejoin` is doing, or that one was interrupted, for people; empty: neither",
     "Status.unfinished": "a `rejoin` was interrupted: until another is done, PostgreSQL cannot be started here",
+    "Status.spent": "no proof, yet all that is left is killed and waits in the kernel for a disk: it never runs again",
     "Status.change": "another number when anything but times has changed; begins anew with the fencer",
     "Status.cannot_lead": "why an `activate` would fail here, for people; empty: nothing is known against it",
     "Refusal.error": "see [refusals](#refusals)",

@@ -142,7 +142,7 @@ class Light(Caged):
         group = str(pwd.getpwnam(user).pw_gid) if user else ""
         as_user = ["setpriv", "--reuid", user, "--regid", group, "--init-groups", "--"] if user else []
         join = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
-        enter = ["nsenter", "-t", str(self.holder), "-m", "-n", "--"]
+        enter = ["nsenter", "-t", str(self.holder), "-m", "-i", "-n", "--"]
         return ["sh", "-c", join, str(cgroup), *enter, *clean, *as_user, *argv]
 
     def processes(self, name: str) -> list[Process]:
@@ -265,6 +265,7 @@ class Lab:
         }
         argv = [
             "unshare",
+            "--ipc",
             "--mount",
             "--propagation",
             "private",

@@ -60,6 +60,16 @@ def echo(at: Light, to: Light, timeout_s: float = 0.5) -> float | None:
     return at.in_net(ask)
 
 
+def test_shared_memory_goes_with_the_lab(lab: Lab) -> None:
+    """A killed PostgreSQL leaves its own; the machine has room for 4096 of System V's."""
+    name = Path(f"/dev/shm/{lab.base.name}")  # noqa: S108
+    lab.hosts["a"].run(["sh", "-c", f"echo kept > {name}; ipcmk -M 56"])
+    segments = "/proc/sysvipc/shm"
+    assert len(lab.hosts["b"].run(["cat", segments]).stdout.splitlines()) == 2  # its headline, and that one
+    assert lab.hosts["b"].run(["cat", str(name)]).stdout == "kept\n"
+    assert not name.exists()
+
+
 def test_cuts_and_slow_cables(lab: Lab) -> None:
     a, b = lab.hosts["a"], lab.hosts["b"]
     serve(b)

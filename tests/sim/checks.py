@@ -91,7 +91,9 @@ class Checks:
         assert before is None or isinstance(before, ClusterState)
         if record.primary is None:
             host = self._world.hosts[record.last_primary]
-            if host.pg.mode == "primary":  # a late one may find it running again, as a standby
+            if (
+                host.pg.mode == "primary" and not host.pg.spent
+            ):  # a late one may find it running again, as a standby
                 raise Violation(f"I6: a vacancy of {host.name} is stored, and its PostgreSQL is a primary")
             return
         fresh = before is None or record.term > before.term

@@ -16,6 +16,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from harmony.core.messages import Symptom
 from harmony.core.sync import HOLD, NOBODY, Rule
 from tests.sim.checks import Violation
 from tests.sim.waiting import CHECKPOINTER, MAIN, Waiting
@@ -60,6 +61,8 @@ class Postgres:
         self.frozen = False  # and frozen
         self.closing = False  # a clean shutdown has ended its sessions
         self.clinging = 0  # faults: its processes cannot be killed
+        self.hung: Symptom = ""  # faults: what these processes suffer from
+        self.spent = False  # frozen and killed, and not gone: none of them runs another instruction
         self.waiting = Waiting(NOBODY)
         self.connection = 0  # number of the newest to a primary
         self.term = 0  # of the generation that made it writable
@@ -73,10 +76,27 @@ class Postgres:
         return self.mode == "down"
 
     @property
+    def suffers(self) -> Symptom:
+        """What a look at it would see."""
+        return "silent" if self.host.disk_hangs else self.hung
+
+    @property
+    def stuck(self) -> bool:
+        """Whether nothing of it gets anywhere. Old sessions do below a stopped postmaster."""
+        return self.suffers in {"silent", "stalled"}
+
+    @property
     def accepting(self) -> bool:
         """Whether a client that is here can commit something at this moment."""
-        host = self.host
-        return self.mode == "primary" and not (self.frozen or self.closing or host.paused) and host.up
+        stands = self.frozen or self.closing or self.stuck or self.host.paused
+        return self.mode == "primary" and not stands and self.host.up
+
+    def suffer(self, symptom: Symptom) -> None:
+        """From now on; "": no more."""
+        if self.accepting:
+            self.write()
+        self.hung = symptom
+        self.host.world.checks.look(self.host)
 
     @property
     def could_write(self) -> bool:
@@ -98,7 +118,8 @@ class Postgres:
         holds = self.host.world.setting.sync_mode != "off" and self.host.world.rules.standbys_hold
         self.waiting = Waiting(rule if rule is not None else HOLD if holds else NOBODY)
         self.mode, self.following, self.signal = "standby", following, True
-        self.halted = self.frozen = self.closing = False
+        self.halted = self.frozen = self.closing = self.spent = False
+        self.hung = ""
         self.must_be_whole()
         self.host.world.checks.look(self.host)
 
@@ -115,8 +136,8 @@ class Postgres:
         self.run += 1
         if self.mode == "primary" and self.accepting:
             self.write()
-        self.mode = "down"
-        self.halted = self.frozen = self.closing = False
+        self.mode, self.hung = "down", ""
+        self.halted = self.frozen = self.closing = self.spent = False
         self.host.world.checks.look(self.host)
 
     def promote(self, term: int, timeline: int) -> None:
@@ -171,9 +192,9 @@ class Postgres:
         return (
             self.mode == "standby"
             and self.following == there.name
-            and not self.frozen
+            and not (self.frozen or self.stuck)
             and primary.mode == "primary"
-            and not primary.frozen
+            and not (primary.frozen or primary.stuck)
             and here.up
             and there.up
             and not (here.paused or there.paused)
@@ -188,7 +209,7 @@ class Postgres:
 
     def receive(self, primary: Postgres, branch: Branch, end: int) -> None:
         """WAL up to `end` was flushed here; the primary learns it if it still runs."""
-        if self.mode != "standby" or self.following != primary.host.name or self.frozen:
+        if self.mode != "standby" or self.following != primary.host.name or self.frozen or self.stuck:
             return
         if not reaches(branch, end, self.branch, self.end):
             return

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from harmony.core.messages import Symptom
 from harmony.core.timing import NS
 from harmony.records import Switchover
 from harmony_fencer.protocol import OperatorFence, Unfence
 from tests.sim.setting import Setting, log_uniform
 
 if TYPE_CHECKING:
+    from tests.sim.node import Host
     from tests.sim.world import World
 
 
@@ -45,13 +47,15 @@ HOST = {
     "host-lost": 5, "host-paused": 6, "agent-frozen": 6, "agent-killed": 6, "agent-retired": 3, "harmony-stopped": 3,
     "fencer-killed": 5, "postgres-killed": 6, "postgres-restarted": 2, "postgres-clings": 5, "postgres-fails": 3,
     "promotion-fails": 3, "probe-silent": 4, "host-slow": 3, "foreign": 2, "latch": 3, "fencer-brittle": 3,
-    "agent-stalls": 5, "disk-slow": 3, "fsync": 5,
+    "agent-stalls": 5, "disk-slow": 3, "fsync": 5, "postgres-hangs": 6, "disk-hangs": 3, "backends-crash": 3,
+    "promotion-hangs": 3,
 }  # fmt: skip
 LINK = {
     "cut": 8, "requests-lost": 5, "answers-lost": 5, "watch-dead": 4, "lossy": 6, "acks-lost": 5, "late-writes": 5,
     "slow-link": 5, "stale-reads": 5, "apart": 5,
 }  # fmt: skip
 STORE = {"election": 9, "store-down": 4, "clock-jump": 6, "switchover": 9, "acknowledge": 2}
+SYMPTOMS: tuple[Symptom, ...] = ("silent", "closed", "stopped", "stalled")
 LOSSES = {"rolled-back": 3, "made-anew": 2}
 
 
@@ -128,6 +132,8 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
             return s.timing.fence_timeout_s * r.uniform(0.3, 2)
         case "agent-stalls":
             return s.timing.failover_timeout_s * r.uniform(0.9, 2.2)
+        case "postgres-hangs":
+            return float(r.randrange(len(SYMPTOMS)))
         case "agent-retired" | "foreign" | "made-anew":
             return r.choice((0.0, 1.0))
         case "rolled-back":
@@ -139,7 +145,8 @@ def _amount(r: random.Random, kind: str, s: Setting) -> float:
 _SPANS = frozenset(
     {"host-lost", "host-paused", "agent-frozen", "agent-killed", "postgres-clings", "postgres-fails",
      "promotion-fails", "probe-silent", "host-slow", "foreign", "latch", "fencer-brittle", "agent-stalls", "disk-slow",
-     "fsync", "election", "store-down", *LINK}
+     "fsync", "postgres-hangs", "promotion-hangs", "disk-hangs", "backends-crash", "election",
+     "store-down", *LINK}
 )  # fmt: skip
 
 
@@ -176,7 +183,7 @@ def _end(world: World, f: Fault) -> None:
         world.store.reconnect()
         return
     host = world.hosts[f.name]
-    fencer = host.fencer
+    fencer, pg = host.fencer, host.pg
     match f.kind:
         case "host-lost":
             host.back()
@@ -192,6 +199,15 @@ def _end(world: World, f: Fault) -> None:
             host.promotion_fails -= 1
         case "probe-silent":
             host.probe_silent -= 1
+        case "postgres-hangs":
+            pg.suffer("")
+        case "promotion-hangs":
+            host.promotion_hangs -= 1
+            pg.suffer("")
+        case "disk-hangs":
+            _hang_disk(host, -1)
+        case "backends-crash":
+            host.crash_loop -= 1
         case "fencer-brittle":
             fencer.brittle -= 1
         case "agent-stalls":
@@ -249,6 +265,16 @@ def _host(world: World, f: Fault) -> bool:
             host.promotion_fails += 1
         case "probe-silent":
             host.probe_silent += 1
+        case "postgres-hangs":
+            if pg.gone:
+                return False
+            pg.suffer(SYMPTOMS[round(f.amount)])
+        case "promotion-hangs":  # what becomes writable hangs at once, before anybody has asked it anything
+            host.promotion_hangs += 1
+        case "disk-hangs":
+            _hang_disk(host, 1)
+        case "backends-crash":
+            host.crash_loop += 1
         case "fencer-brittle":  # it dies right after each fence that it has proven
             fencer.brittle += 1
         case "agent-stalls":  # it is stopped, for some time, right when it has its promotion ordered
@@ -273,6 +299,16 @@ def _host(world: World, f: Fault) -> bool:
         case _:
             raise ValueError(f"unknown fault {f.kind!r}")
     return True
+
+
+def _hang_disk(host: Host, by: int) -> None:
+    """Begin (1) or end (-1): nothing is written, nothing can be killed or started."""
+    if host.pg.accepting:
+        host.pg.write()
+    host.disk_hangs += by
+    host.pg.clinging += by
+    host.pg_fails += by
+    host.world.checks.look(host)
 
 
 def _link(world: World, f: Fault, by: int) -> None:

@@ -164,6 +164,7 @@ class Fencer:
             latched="operator" if self.latched else None,
             shutdown_lsn=self.shutdown_lsn if proven else None,
             unfinished=pg.unfinished,
+            spent=pg.spent,
             rule=_rule(self.sync),
             rule_number=self.sync.number if self.sync is not None else 0,
             rule_done=self.sync is not None and self.sync.done,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.sim.fencer import Fencer
 
+SPENT = 0.7  # how often what cannot be killed is seen to be in the kernel for good
 KILL_SHARE = 0.9  # of fence_timeout: the longest that a kill takes to be proven
 Then = Callable[[bool, int | None], None]
 
@@ -48,14 +49,23 @@ class Ladder:
         host, pg, rng = self._host, self._pg, self._host.rng
         host.later(min(left_ns, self._fencer.while_(0.1)), host.pg_close, pg.run)
         took = self._fencer.while_(0.5) + (left_ns if rng.random() < 0.1 else 0)
-        if took < left_ns:
-            host.later(took, self._is_down, pg.run)
+        host.later(took, self._is_down, pg.run)
         host.later(left_ns, self._is_late)
 
     def _is_down(self, run: int) -> None:
         pg = self._pg
-        if pg.run == run and not (pg.halted or pg.clinging):
+        if pg.run != run or pg.halted:
+            return
+        if pg.clinging or pg.suffers:  # it ends when that is over, whether or not anybody still waits for it
+            self._host.later(self._fencer.t.interval_ns, self._is_down, run)
+        else:
             self._ended(True, pg.shut_down())
+            self._fencer.bell()  # it is watched, whoever has wanted that
+
+    def _runs_on(self, run: int) -> None:
+        if self._pg.run == run and not self._pg.gone:
+            self._pg.frozen = False
+            self._host.world.checks.look(self._host)
 
     def _is_late(self) -> None:
         if not self._over and self._fencer.current(self._life, self._effect):
@@ -72,6 +82,9 @@ class Ladder:
         if self._over or not self._fencer.current(self._life, self._effect):
             return
         if self._pg.clinging and not self._pg.gone:
+            self._pg.spent = self._host.rng.random() < SPENT
+            if self._pg.spent and not self._host.world.rules.spent_never_runs:
+                self._host.later(8 * self._fencer.t.stop_ns, self._runs_on, self._pg.run)
             self._host.later(int(self._fencer.t.stop_ns * 0.2) + 1, self._ended, False, None)
             return
         if not self._pg.gone:

@@ -24,6 +24,7 @@ from harmony.core.messages import (
     Fatal,
     FencerSeen,
     FencerSilent,
+    HealthSeen,
     Log,
     Marks,
     Nudge,
@@ -79,7 +80,10 @@ class Host:
         self.disk_ns = 0  # faults: what the fencer's disk takes longer
         self.pg_fails = 0  # faults: PostgreSQL does not start
         self.promotion_fails = 0
+        self.promotion_hangs = 0
         self.probe_silent = 0
+        self.disk_hangs = 0  # faults: whoever writes waits, and cannot be killed
+        self.crash_loop = 0  # faults: its backends crash, and it recovers by itself
         self.fsync = 0  # faults: its checkpointer is in one, and does nothing else
         self.foreign = 0  # faults: the data directory is another cluster's
         self.frozen_at = 0
@@ -114,7 +118,7 @@ class Host:
         self.turn_at = 0
         self.shown = -1
         self.probed_ns = 0
-        self.answer: DbSeen | DbSilent | None = None
+        self.answer: tuple[DbSeen | DbSilent, HealthSeen] | None = None
 
     # ------------------------------------------------------------ time
 
@@ -233,8 +237,10 @@ class Host:
 
     def pg_promote(self, run: int, term: int, request: protocol.Activate) -> None:
         pg = self.pg
-        if pg.run == run and pg.mode == "standby" and not pg.frozen:
+        if pg.run == run and pg.mode == "standby" and not (pg.frozen or pg.stuck):
             pg.promote(term, request.timeline)
+            if self.promotion_hangs:
+                pg.suffer("silent")
             self.fencer.bell()
 
     # ------------------------------------------------------------ the agent's process
@@ -369,23 +375,33 @@ class Host:
 
     def _look(self, now_ns: int) -> None:
         """What the fencer and the database say. An answer of the database is folded one turn later."""
-        fencer, pg = self.fencer, self.pg
+        fencer = self.fencer
         if fencer.change != self.shown:
             self.shown = fencer.change
             seen = FencerSeen(fencer.view()) if fencer.alive else FencerSilent("the fencer is not there")
             self.events.append(seen)
         if self.answer is not None:
-            self.events.append(self.answer)
+            self.events += self.answer
             self.answer = None
         if now_ns - self.probed_ns >= self.world.setting.timing.interval_ns // 2:
             self.probed_ns = now_ns
-            if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing:
-                self.answer = DbSilent("no answer")
-            else:
-                timeline, system = pg.branch.timeline, self.system_identifier
-                self.answer = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
-                if pg.mode == "primary" and self.me.sync_count:
-                    self.answer = self._of_a_primary(self.answer)
+            self.answer = self._ask(now_ns), self._examine(now_ns)
+
+    def _ask(self, now_ns: int) -> DbSeen | DbSilent:
+        pg = self.pg
+        if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing or pg.suffers == "silent":
+            return DbSilent("no answer")
+        timeline, system = pg.branch.timeline, self.system_identifier
+        seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
+        return self._of_a_primary(seen) if pg.mode == "primary" and self.me.sync_count else seen
+
+    def _examine(self, now_ns: int) -> HealthSeen:
+        pg = self.pg
+        if pg.mode == "down":
+            return HealthSeen(now_ns)
+        symptom = "silent" if self.probe_silent or pg.frozen else "closed" if pg.closing else pg.suffers
+        crashed = self.crash_loop > 0 and self.rng.random() < 0.2
+        return HealthSeen(now_ns, symptom, "the model's", crashed=crashed)
 
     def _of_a_primary(self, seen: DbSeen) -> DbSeen:
         pg, rules = self.pg, self.world.rules
@@ -482,5 +498,9 @@ def _beat(r: Register, sent_ns: int, now_ns: int, interval_ns: int, timeout_ns: 
 
 # Rows that stay in their state and are worth a line all the same.
 TOLD = frozenset(
-    str(row) for row in (*range(214, 219), *range(914, 919), 402, 408, 492, 996, 1002, 302, 1006, 718, 810)
+    str(row)
+    for row in (
+        *(*range(214, 219), *range(914, 919), 402, 408, 492, 996, 1002, 302, 1006, 718, 810),
+        *(222, 922, 301, 1003),
+    )
 )

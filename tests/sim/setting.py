@@ -100,6 +100,7 @@ def draw(seed: int, drift: float | None = None) -> Setting:
     )
     interval_s = timing.heartbeat_interval_s
     preferred = names[0]
+    sick = random.Random(f"sick {seed}")
     policy = Policy(
         preferred_primary=preferred,
         failback=r.choice(("off", "automatic")),
@@ -108,6 +109,10 @@ def draw(seed: int, drift: float | None = None) -> Setting:
         changes_window_s=timing.failover_timeout_s * r.uniform(10, 100),
         flap_window_s=timing.failover_timeout_s * r.uniform(2, 20),
         rejoin_after_s=timing.failover_timeout_s * random.Random(f"rejoin {seed}").uniform(0.2, 2),
+        sick_after_s=timing.failover_timeout_s * sick.uniform(0.2, 2),
+        sick_handover=sick.random() < 0.9,
+        restart_budget=sick.choice((0, 1, 3)),
+        restart_window_s=timing.failover_timeout_s * sick.uniform(2, 20),
     )
     most = DRIFT_SHARE * timing.safety_margin_s / (2 * timing.failover_timeout_s)
     latency = min(timing.heartbeat_timeout_s / 12, log_uniform(r, 0.001, 0.5) * max(1.0, interval_s))
@@ -139,7 +144,7 @@ def plain() -> Setting:
         sync_count=1,
         sync_mode="quorum",
         maximum_lag_bytes=1000,
-        policy=Policy(preferred_primary="n1"),
+        policy=Policy(preferred_primary="n1", sick_after_s=10.0),
         nofailover=frozenset(),
         drift=1e-4,
         latency_ns=4 * MS,

@@ -129,6 +129,23 @@ def test_a_lease_counted_from_the_acknowledgement_is_found() -> None:
     assert found[False] > 0
 
 
+def test_what_is_called_spent_and_runs_on_is_found() -> None:
+    """I1 rests on that: nothing with SIGKILL pending in the kernel acknowledges a commit ever again (ADR 015)."""
+    hung = [
+        Fault(5 * NS, "postgres-clings", "n1", span_ns=60 * NS),
+        Fault(5 * NS, "postgres-hangs", "n1", span_ns=12 * NS),
+    ]
+    found = {True: 0, False: 0}
+    for rule in found:
+        for seed in range(12):
+            try:
+                World(seed, rules=Rules(spent_never_runs=rule), known=plain(), done=hung).script(40.0)
+            except Violation:
+                found[rule] += 1
+    assert found[True] == 0
+    assert found[False] > 0
+
+
 def lost_one_after_the_other(*more: Fault) -> list[Fault]:
     """n2 stops getting WAL, and the primary n1 loses its power a second later, for good."""
     return [

@@ -39,6 +39,9 @@ class Rules:
     fencer_first: bool = True  # after a pause of the host, before PostgreSQL
     store_checks_revision: bool = True
     timelines_reserved: bool = True  # else a promotion takes the next that its own node knows of
+    spent_never_runs: bool = (
+        True  # else what a fence has left, and calls dead to the world, runs on after a while
+    )
     standbys_hold: bool = True  # no commit of a standby that is promoted goes without a rule
     waiting_is_seen: bool = True  # that commits wait again is seen, not assumed
     dated_from_send: bool = True  # else a heartbeat counts from its acknowledgement
