@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-vm test-sick sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -81,6 +81,15 @@ fuzz: $(STAMP)
 # A real watchdog device resets a real (emulated) machine: needs apt-get and qemu-system-x86; two minutes.
 test-vm: $(STAMP)
 	HARMONY_VM=1 $(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
+
+# The tests of real PostgreSQL on each version (`make test` has a few of them on 18 besides); 5 to 10 minutes a version.
+VERSIONS ?= 14 15 16 17 18
+REAL := tests/demo $(addprefix tests/fencer/test_,adopt.py bootstrap.py process.py rejoin.py timelines.py turned_away.py)
+test-versions: $(STAMP)
+	@for version in $(VERSIONS); do \
+		echo "PostgreSQL $$version" && folder=$$($(BIN)/python -m tests.versions.fetch $$version) && \
+		HARMONY_DEMO_POSTGRES_BIN=$$folder $(BIN)/python -m pytest $(REAL) $(PYTEST_ARGS) || exit 1; \
+	done
 
 # Whole clusters that are busy, or whose disk is full: minutes (docs/sickness.md).
 test-sick: $(STAMP)

@@ -27,6 +27,7 @@ _URL = r"^(nats|tls|ws|wss)://[^\s,/]+/?\Z"
 _MONITOR = r"^https?://[^\s,/@]+/?\Z"
 _ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
 _LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
+_TEXT_LINE = r"^[^\x00-\x1f]{1,500}\Z"
 _UNIT = r"^[A-Za-z0-9:_.@\\-]{1,200}\.service\Z"
 WORDS = {
     _NAME: "1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9",
@@ -37,6 +38,7 @@ WORDS = {
     _MONITOR: "http://HOST:PORT (or https), the server's monitoring port, without user and password",
     _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
     _UNIT: "a service's name with .service at its end",
+    _TEXT_LINE: "one line of text, 1 to 500 characters",
     _LISTEN: "addresses separated by commas, or *",
 }
 SOCKET_MAX = 107
@@ -51,6 +53,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=100)]
 Role = Annotated[str, msgspec.Meta(pattern=_ROLE)]
 Url = Annotated[str, msgspec.Meta(pattern=_URL)]
 MonitorUrl = Annotated[str, msgspec.Meta(pattern=_MONITOR)]
+Option = Annotated[str, msgspec.Meta(pattern=_TEXT_LINE)]
 Unit = Annotated[str, msgspec.Meta(pattern=_UNIT)]
 
 
@@ -132,6 +135,17 @@ class Rejoin(_Section, frozen=True):
     keep_free_mb: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 256
 
 
+class Bootstrap(_Section, frozen=True):
+    method: Literal["none", "copy", "initdb", "command"] = "none"
+    command: Absolute | None = None
+    timeout_s: Seconds = 3600.0
+    initdb_options: Annotated[list[Option], msgspec.Meta(max_length=32)] = msgspec.field(
+        default_factory=lambda: ["--username=postgres", "--auth=peer", "--encoding=UTF8", "--data-checksums"]
+    )
+    hba: Annotated[list[Option], msgspec.Meta(max_length=100)] = msgspec.field(default_factory=list)
+    sql_file: Absolute | None = None
+
+
 class Postgresql(_Section, frozen=True):
     data_dir: Absolute
     config_file: Absolute | None = None
@@ -182,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     failover: Failover
     sickness: Sickness
     rejoin: Rejoin
+    bootstrap: Bootstrap
     postgresql: Postgresql
     watchdog: Watchdog
     agent: Agent
@@ -198,6 +213,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "failover": Failover,
     "sickness": Sickness,
     "rejoin": Rejoin,
+    "bootstrap": Bootstrap,
     "postgresql": Postgresql,
     "watchdog": Watchdog,
     "agent": Agent,
@@ -386,6 +402,8 @@ def _together(
         problems.append(
             'postgresql.unit: missing; run = "systemd" needs its name, such as postgresql@15-main.service'
         )
+    if values["bootstrap"].get("method") == "command" and values["bootstrap"].get("command") is None:
+        problems.append('bootstrap.command: missing; method = "command" needs the program to run')
     replication = values["replication"]
     count = replication.get("synchronous_count", 1)
     mode = replication.get("mode", "quorum")

@@ -158,8 +158,29 @@ TEXT: dict[str, tuple[str, str]] = {
         "smaller than the database: none is kept",
     ),
     "rejoin.keep_free_mb": ("room that a copy must leave on the disk", "lower: a copy may fill the disk"),
+    "bootstrap.method": (
+        "for an empty data_dir: none; copy: of the primary; initdb: that, or a new cluster; command: both by yours",
+        "other than none: an empty mount point is filled, too, instead of an error (docs/bootstrap.md)",
+    ),
+    "bootstrap.command": ("your program for method = command", "its contract is in docs/bootstrap.md"),
+    "bootstrap.timeout_s": (
+        "longest initdb or bootstrap.command; a copy has no limit",
+        "higher: one that hangs is noticed later; lower: a big restore is ended, and begun anew",
+    ),
+    "bootstrap.initdb_options": (
+        "options of initdb, one each",
+        "without --data-checksums: pg_rewind rests on wal_log_hints, which Harmony sets",
+    ),
+    "bootstrap.hba": (
+        "lines of a new cluster's pg_hba.conf",
+        "empty: initdb's, which lets no standby in from elsewhere",
+    ),
+    "bootstrap.sql_file": (
+        "SQL that is run once in a cluster made by initdb, before anybody can connect: roles, grants",
+        "without it there is neither postgresql.db_user nor replication_user in it",
+    ),
     "postgresql.data_dir": (
-        "the data directory; initialised, and owned by postgresql.user",
+        "the data directory; initialised (or see bootstrap.method), and owned by postgresql.user",
         "of another cluster: refused by its system identifier",
     ),
     "postgresql.config_file": (

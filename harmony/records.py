@@ -48,6 +48,8 @@ class ClusterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # leadership that was taken without a hand-over: (term, the store's time of what was replaced), newest last
     reserved: Count = 0  # the newest timeline that was given away for a promotion
     changes: tuple[tuple[int, int], ...] = ()
+    # founded for a primary that runs already, whose fencer holds no lease yet: nobody else may ever lead by this
+    adopting: bool = False
 
 
 class Switchover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -77,6 +77,29 @@ def find_config_file(data_dir: str, root: str = "/etc/postgresql") -> str | None
     return None
 
 
+def _to_be_made(c: Config) -> str | None:
+    """postgresql.conf of a data directory that is missing or empty, and that Harmony makes."""
+    try:
+        empty = not os.listdir(c.postgresql.data_dir)
+    except FileNotFoundError:
+        empty = True
+    except OSError:
+        empty = False
+    return f"{c.postgresql.data_dir}/postgresql.conf" if empty and c.bootstrap.method != "none" else None
+
+
+def _sql(c: Config, problems: list[str]) -> str:
+    """What is run in a new cluster; checked by PostgreSQL only then."""
+    file = c.bootstrap.sql_file
+    if file is None:
+        return ""
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        problems.append(f"bootstrap.sql_file: {file}: {e}")
+        return ""
+
+
 def resolve(c: Config) -> dict[str, dict[str, object]]:
     """What the three processes are started with. Raises ConfigError where the machine does not fit."""
     problems: list[str] = []
@@ -94,9 +117,15 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
                 f"postgresql.data_dir: {p.data_dir} belongs to uid {data.st_uid}, PostgreSQL runs as uid "
                 f"{postgres_uid} ({p.user or 'our own user'}); set postgresql.user, or chown the directory"
             )
+    except FileNotFoundError as e:
+        if c.bootstrap.method == "none":
+            problems.append(
+                f"postgresql.data_dir: {p.data_dir}: {e.strerror}; initdb or restore it first, or set bootstrap.method"
+            )
     except OSError as e:
-        problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}; initdb or restore it first")
-    config_file = p.config_file or find_config_file(p.data_dir)
+        problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}")
+    config_file = p.config_file or find_config_file(p.data_dir) or _to_be_made(c)
+    sql = _sql(c, problems)
     if config_file is None:
         problems.append(
             f"postgresql.config_file: no postgresql.conf in {p.data_dir}, and none in /etc/postgresql names it "
@@ -154,6 +183,14 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             "state_dir": c.node.state_dir,
             "run_dir": c.node.run_dir,
             "log_format": c.log.format,
+            "bootstrap": {
+                "method": c.bootstrap.method,
+                "command": c.bootstrap.command or "",
+                "timeout_s": c.bootstrap.timeout_s,
+                "initdb_options": c.bootstrap.initdb_options,
+                "hba": c.bootstrap.hba,
+                "sql": sql,
+            },
             "synchronous": c.replication.mode != "off",
             "rejoin": {
                 "clone": c.rejoin.clone,

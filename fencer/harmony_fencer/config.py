@@ -34,6 +34,17 @@ class RejoinConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_free_mb: int = 256  # room that a copy must leave
 
 
+class BootstrapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a data directory is made where nothing is. `sql`: run once in a cluster made by initdb."""
+
+    method: Literal["none", "copy", "initdb", "command"] = "none"
+    command: str = ""
+    timeout_s: float = 3600.0
+    initdb_options: tuple[str, ...] = ()
+    hba: tuple[str, ...] = ()
+    sql: str = ""
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
@@ -67,6 +78,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Literal["auto", "json", "console"]
     synchronous: bool = False  # commits may have to wait for standbys here
     rejoin: RejoinConfig = RejoinConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
 
     @property
     def lease_ns(self) -> int:

@@ -39,6 +39,10 @@ class Rejoining(Protocol):
     def cannot_rewind(self) -> str:
         """Why pg_rewind could not help here, with what to do; "": it could, or it is not known."""
 
+    @property
+    def empty(self) -> str:
+        """By which method something may be made here, where nothing is; "": none, or something is there."""
+
     async def learn(self) -> None:
         """Look at what cannot_rewind tells. Never raises."""
 
@@ -105,6 +109,9 @@ class Engine(Protocol):
     async def mark_standby(self) -> None:
         """Make it a standby at its next start, durably. Raises OSError."""
 
+    async def found(self, testimony: bytes) -> None:
+        """Make a new cluster, where nothing is and the configuration says so. Raises PostgresError, OSError."""
+
     async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
         """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError.
 
@@ -122,6 +129,10 @@ class Engine(Protocol):
 
         Raises PostgresError (TimelineTakenError: it is not newer than what is here), OSError.
         """
+
+    @property
+    def was_standby(self) -> bool:
+        """Whether the control file says that what ran here last was a standby; False where it does not tell."""
 
     def timeline(self) -> int:
         """The newest timeline that has WAL here."""

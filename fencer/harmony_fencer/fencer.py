@@ -68,7 +68,7 @@ class Fencer:
         self.watchdog = Policy(mode, timeout_s, parts.watchdog, marker)
         self._ledger = Ledger(config, parts.boot_id)
         self._active: Generation | None = None
-        self._deadline_ns = 0
+        self._deadline_ns = self._clean_until_ns = 0
         self._order: OrderRecord | None = self._ledger.state.order
         self._self_fence: SelfFence | None = None
         self._fence_proven = self._spent = False
@@ -88,7 +88,6 @@ class Fencer:
         self._may_write = order is not None and (order.op == "activate" or order.state != "done")
         self._rearm = trio.Event()
         self._bell = Bell()
-        self._clean_until_ns = 0
         self._patience: trio.CancelScope | None = None  # of an activate or follow with the disk
 
     # ------------------------------------------------------------ life
@@ -105,6 +104,8 @@ class Fencer:
             await self._carry_on()
         elif self._ledger.untrusted:
             await self.fence_by_itself("the state file cannot be trusted: " + self._ledger.untrusted)
+        elif self.adopting:
+            log.warning("PostgreSQL is to be adopted: it runs on, and no lease guards it yet")
         elif pids and (self.could_write or not self._running or await self._engine.in_production()):
             await self.fence_by_itself("at start: PostgreSQL could write and there is no valid lease")
         elif not pids:
@@ -123,12 +124,10 @@ class Fencer:
     async def mark_standby(self) -> None:
         """What is down must start as a standby. One that began meanwhile may not have seen the mark."""
         try:
-            with trio.move_on_after(1.0) as scope:
+            with trio.fail_after(1.0):
                 await self._engine.mark_standby()
-            if scope.cancelled_caught:
-                log.error("standby.signal could not be written in time: is the disk hung?")
-        except OSError as e:
-            log.error("standby.signal could not be written", why=str(e))
+        except (OSError, trio.TooSlowError) as e:
+            log.error("standby.signal could not be written", why=str(e) or "not in time: is the disk hung?")
         if not self.busy and look(self._engine)[0]:
             await self.fence_by_itself("PostgreSQL was started while it was being marked as a standby")
 
@@ -139,15 +138,14 @@ class Fencer:
         except OSError as e:
             log.warning("the newest timeline here could not be read", why=str(e))
         self._system_identifier = await self._engine.system_identifier()
-        if self._engine.initialised():
-            await self._engine.rejoin.learn()
+        await self._engine.rejoin.learn()
         self._bell.ring()
 
     async def shut_down(self) -> None:
         """End what could write, cleanly while the lease lasts; a standby is left running. Orders end here, too."""
         self._retiring = True
         async with self._accepting:
-            while self._active is not None or (look(self._engine)[0] and self.could_write):
+            while self._active or (look(self._engine)[0] and self.could_write and not self.adopting):
                 await self.fence_by_itself("the fencer was asked to stop", clean=True)
                 await self._effects.end(cancel=False)
             await self._effects.end(cancel=not self.engaged)
@@ -177,6 +175,11 @@ class Fencer:
     def could_write(self) -> bool:
         """Whether PostgreSQL here may write, or could begin to, as far as it is not proven otherwise."""
         return self._may_write or self._engine.halted or self._engine.could_write()
+
+    @property
+    def adopting(self) -> bool:
+        """What may write without a lease, for now: an operator's permit is in force (adopt.py)."""
+        return self._ledger.permits(self._engine)
 
     @property
     def busy(self) -> bool:
@@ -362,7 +365,7 @@ class Fencer:
             self._ledger.state = ended(self._ledger.state)
         self._order = record  # told when it is durable: it is the same after a restart
         self._bell.ring()
-        if self._engine.rejoin.cannot_rewind and record.state == "done":
+        if (self._engine.rejoin.cannot_rewind or not self._system_identifier) and record.state == "done":
             self._effects.beside(self._learn)
 
     async def _stop(self, clean_until_ns: int = 0) -> Outcome:
@@ -380,9 +383,8 @@ class Fencer:
         began = self._clock.now_ns()
         outcome = await self._stop(clean_until_ns)
         state = "done" if outcome.proven else "failed"
-        await self._finish(
-            msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs), began
-        )
+        told = msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs)
+        await self._finish(told, began)
         if not outcome.proven:
             await self._until_proven(f"the fence {record.generation} was not proven", 0)
 
@@ -456,10 +458,9 @@ class Fencer:
         """A fence of its own is repeated until proven: nobody else may be there to order it again."""
         began = self._clock.now_ns()
         while True:
-            outcome = await self._stop(clean_until_ns)
+            o = outcome = await self._stop(clean_until_ns)
             state: OrderState = "done" if outcome.proven else "failed"
-            rungs = outcome.rungs
-            self._self_fence = SelfFence(reason, began, state, outcome.detail, outcome.took_ms, rungs)
+            self._self_fence = SelfFence(reason, began, state, o.detail, o.took_ms, o.rungs)
             self._bell.ring()
             level = log.warning if outcome.proven else log.error
             level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))

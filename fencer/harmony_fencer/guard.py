@@ -62,7 +62,8 @@ async def _watch_one(fencer: Fencer) -> None:
     while not await engine.ended(
         pid, SURE_S if fencer.deadline_ns is not None or engine.notices else STRAY_S
     ):
-        if fencer.deadline_ns is None and not fencer.engaged and engine.could_write():
+        unguarded = fencer.deadline_ns is None and not fencer.engaged
+        if unguarded and engine.could_write() and not fencer.adopting:
             # Promoted or started by somebody else: it writes, and no lease covers it.
             await fencer.fence_by_itself("PostgreSQL is writable without a lease")
     fencer.saw(running=False)

@@ -12,10 +12,12 @@ from pathlib import Path
 import msgspec
 import trio
 
+from harmony_fencer import adopt
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import REAL, Disk, in_thread
+from harmony_fencer.engine import Engine
 from harmony_fencer.log import log
 from harmony_fencer.protocol import Generation, Latch, OrderRecord, SyncTold
 
@@ -42,6 +44,7 @@ class Ledger:
         self._writing = trio.CapacityLimiter(1)
         self.state, self.untrusted = load_state(config)
         self.latch = states.latch(self._folder)
+        self._permit = adopt.load(self._run, boot_id)
 
     # ------------------------------------------------------------ the state
 
@@ -130,6 +133,13 @@ class Ledger:
             self.latch = None
             return
         raise TimeoutError("the latch could not be removed in time: the disk does not answer")
+
+    # ------------------------------------------------------------ the permit
+
+    def permits(self, engine: Engine) -> bool:
+        """Whether PostgreSQL may run on without a lease: adoption was permitted, and nothing was ordered yet."""
+        new = self.state.highest == Generation(0, 0) and not self.untrusted
+        return self._permit is not None and new and not self.latched and self._permit.covers(engine)
 
     # ------------------------------------------------------------ the lease
 

@@ -1,7 +1,8 @@
 """harmony-fencer: the privileged process. Started by the supervisor; the other modes are for emergencies.
 
 --once REASON: fence now, beside whatever fencer there is. --if-unguarded REASON: fence what could write when
-no fencer guards it (after all of Harmony has died, and at boot). Exit codes: 0 asked to stop, or proven;
+no fencer guards it (after all of Harmony has died, and at boot). --check-adoption, --permit-adoption WHO,
+--withdraw-adoption: for harmonyctl adopt. Exit codes: 0 asked to stop, or proven;
 1 not proven; 75 another fencer holds the lock; 78 configuration; else restart.
 """
 
@@ -22,14 +23,14 @@ from pathlib import Path
 import msgspec
 import trio
 
-from harmony_fencer import guard
+from harmony_fencer import adopt, guard
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.clock import BootClock, boot_id, boot_ns
 from harmony_fencer.config import EXIT_CONFIG, FencerConfig, load
 from harmony_fencer.engine import Outcome, Parts
 from harmony_fencer.fencer import Fencer
-from harmony_fencer.ledger import load_state
+from harmony_fencer.ledger import Ledger, load_state
 from harmony_fencer.log import log, wants_console
 from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation, Latch
@@ -194,6 +195,47 @@ async def run(config: FencerConfig, sock: socket.socket, supervisor_fd: int | No
     postgres.tree.remove()
 
 
+def _to_be_adopted(config: FencerConfig, postgres: Postgres) -> Outcome | None:
+    """Said in place of a fence, where an operator's permit covers what runs."""
+    if adopt.load(Path(config.run_dir), boot_id()) is None:
+        return None  # nearly always: and no disk was waited for
+    if not Ledger(config, boot_id()).permits(postgres):
+        return None
+    return Outcome(True, "PostgreSQL is to be adopted: it runs on, unguarded, as before", (), 0.0)
+
+
+def adoption(config: FencerConfig, who: str | None) -> int:
+    """What speaks against adopting what runs here, as JSON; where nothing does, and with `who`, permit it."""
+    postgres, folder = Postgres(config, lasting=False), Path(config.run_dir)
+    found = {"problems": (problems := list[str]()), "system_identifier": "", "held_by": ""}
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        Path(config.state_dir).mkdir(mode=0o711, parents=True, exist_ok=True)
+        if (fd := lock(config, 0)) is None:
+            problems.append("Harmony runs here already: stop it first (it would have fenced this PostgreSQL)")
+        ledger = Ledger(config, boot_id())
+        if ledger.untrusted or ledger.state.highest != Generation(0, 0):
+            highest = f"this node's fencer has accepted generation {ledger.state.highest}: it is no new node"
+            problems.append(
+                ledger.untrusted or f"{highest}; {config.state_dir} of another cluster? Move it away"
+            )
+        if ledger.latched:
+            problems.append("an operator's fence latches this node: harmonyctl unfence")
+        if why := postgres.not_adoptable():
+            problems.append(why)
+        else:
+            found["system_identifier"] = adopt.system_identifier(postgres.data)
+            found["held_by"] = adopt.unit_of(pid := postgres.postmaster() or 0)
+            if who is not None and not problems:
+                adopt.grant(folder, adopt.Permit(boot_id(), pid, adopt.started(pid), who[:500], _utc_now()))
+        if fd is not None:
+            os.close(fd)
+    except OSError as e:
+        problems.append(str(e))
+    sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    return 1 if problems else 0
+
+
 def _report(reason: str, outcome: Outcome) -> int:
     report = {"reason": reason, "proven": outcome.proven, "detail": outcome.detail, "rungs": outcome.rungs}
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
@@ -203,6 +245,8 @@ def _report(reason: str, outcome: Outcome) -> int:
 def emergency(config: FencerConfig, reason: str, who: str | None) -> int:
     """Fence now, beside whatever fencer there is; with `who`, latched. Exit code 0 when proven, else 1."""
     postgres = Postgres(config, lasting=False)
+    if who is None and (spared := _to_be_adopted(config, postgres)) is not None:
+        return _report(reason, spared)
     postgres.halt()
     reason = reason.encode("utf-8", "replace").decode()
     if who is not None:
@@ -223,6 +267,8 @@ def emergency(config: FencerConfig, reason: str, who: str | None) -> int:
 def fence_what_could_write(config: FencerConfig, reason: str) -> int:
     """Beside nobody who guards: fence what could write, and mark what is down. A standby is left running."""
     postgres = Postgres(config, lasting=False)
+    if (spared := _to_be_adopted(config, postgres)) is not None:
+        return _report(reason, spared)
     state, untrusted = load_state(config)
     activated = state.order is not None and (state.order.op == "activate" or state.order.state != "done")
     could_write = bool(untrusted) or activated or postgres.could_write()
@@ -275,6 +321,9 @@ def main() -> None:
     parser.add_argument("--if-unguarded", metavar="REASON", help="fence what could write and nobody guards")
     parser.add_argument("--reset-state", action="store_true", help="begin the state file anew at --term")
     parser.add_argument("--term", type=int, help="the cluster's current term, for --reset-state")
+    parser.add_argument("--check-adoption", action="store_true", help="what speaks against it, as JSON")
+    parser.add_argument("--permit-adoption", metavar="WHO", help="and where nothing does, permit it")
+    parser.add_argument("--withdraw-adoption", action="store_true", help="take the permit back")
     options = parser.parse_args()
     try:
         config = load(options.config)
@@ -290,6 +339,11 @@ def main() -> None:
             code = emergency(config, options.once, options.latch)
         elif options.if_unguarded is not None:
             code = if_unguarded(config, options.if_unguarded)
+        elif options.check_adoption or options.permit_adoption is not None:
+            code = adoption(config, options.permit_adoption)
+        elif options.withdraw_adoption:
+            adopt.withdraw(Path(config.run_dir))
+            code = 0
         else:
             code = _serve(config, options, missing)
     except BaseException as e:

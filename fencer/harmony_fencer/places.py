@@ -18,10 +18,22 @@ KEPT_BYTES = 1_000_000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+STUB = "harmony.rejoin"  # in what takes the data directory's place
+
+
+def is_stub(data: Path) -> bool:
+    """Whether `data` only holds the place of a directory that is being rewound. Never raises."""
+    try:
+        (data / STUB).stat()
+    except OSError:
+        return False
+    return True
+
+
 def own_files(data: Path) -> list[tuple[str, bytes]]:
     """This node's configuration and keys, which pg_rewind and a copy would replace by the primary's."""
     found = []
-    for entry in os.scandir(data):
+    for entry in os.scandir(data) if data.exists() else ():
         if _KEPT.match(entry.name) and entry.is_file(follow_symlinks=False):
             found.append((entry.name, read_small(data / entry.name, KEPT_BYTES)))
     return found

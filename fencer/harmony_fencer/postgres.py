@@ -31,6 +31,8 @@ _MAY_BE_PRIMARY = {b"ready", b"stopping"}
 _VERSION_OFFSET, _STATE_OFFSET, _CHECKPOINT_OFFSET = 8, 16, 32
 _VERSIONS = range(1300, 1900)
 _SHUT_DOWN, _IN_PRODUCTION = 1, 6
+_RECOVERS = {2, 5}  # shut down in recovery, in archive recovery
+FOUNDS = ("initdb", "command")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Postgres:
         return _exists(self.data / "PG_VERSION", otherwise=True)
 
     def is_standby(self) -> bool:
-        return _exists(self._signal_file, otherwise=False)
+        return _exists(self._signal_file, otherwise=False) or (bool(self.rejoin.empty) and not self.pids())
 
     def could_write(self) -> bool:
         return not self.is_standby() or self._runs_as_primary()
@@ -105,6 +107,14 @@ class Postgres:
             return bool(struct.unpack_from("=i", head, _STATE_OFFSET)[0] == _IN_PRODUCTION)
         except (OSError, struct.error):
             return True
+
+    @property
+    def was_standby(self) -> bool:
+        try:
+            head = durable.read_small(self.data / "global" / "pg_control", 64)
+            return struct.unpack_from("=i", head, _STATE_OFFSET)[0] in _RECOVERS
+        except (OSError, struct.error):
+            return False
 
     def timeline(self) -> int:
         return timelines.newest(self.data / "pg_wal")
@@ -189,6 +199,9 @@ class Postgres:
     # ------------------------------------------------------------ files
 
     async def mark_standby(self) -> None:
+        if self.rejoin.empty:
+            return  # nothing stands there that could be started
+
         def mark(change: Change) -> None:
             if not self.data.exists():
                 raise OSError(f"{self.data} is not there any more (renamed?): nothing marks it as a standby")
@@ -212,7 +225,20 @@ class Postgres:
         where: Path,
         timeline: str = "latest",
     ) -> None:
-        if not Path(self._c.config_file).exists():
+        for path, content, mode in self._wanted(primary, sync, testimony, where, timeline):
+            change.write(path, content, mode=mode)
+
+    def _wanted(
+        self,
+        primary: str | None,
+        sync: SyncRule | None,
+        testimony: bytes,
+        where: Path,
+        timeline: str = "latest",
+    ) -> list[tuple[Path, bytes, int]]:
+        """The files of a configuration, with their modes. Raises PostgresError: it would not be read, or overridden."""
+        user = Path(self._c.config_file)
+        if not (where / user.name if user.parent == self.data else user).exists():
             raise PostgresError(
                 f"{self._c.config_file} is missing: set postgresql.config_file to where postgresql.conf is"
             )
@@ -223,20 +249,52 @@ class Postgres:
                 f"{auto} sets {clash}, which would override Harmony: "
                 f"ALTER SYSTEM RESET {clash}, or delete that line while PostgreSQL is down"
             )
-        if self._c.run == "systemd":
+        since_before = self._runs_since_before()
+        included = self._c.run != "systemd" and (since_before or (where / settings.INCLUDED).exists())
+        name = settings.INCLUDED if included else settings.CONF
+        files = [(where / WITNESS, testimony, 0o600)]
+        if self._c.run == "systemd" or since_before:
             try:
-                wanted = settings.drop_in(self._c)
+                found = settings.drop_in(self._c, name)
             except ValueError as e:
-                raise PostgresError(str(e)) from e
-            if wanted is not None:
-                change.write(wanted[0], wanted[1].encode(), mode=0o644)
-        change.write(where / WITNESS, testimony)
-        change.write(where / settings.CONF, settings.render(self._c, primary, sync, timeline).encode())
+                if self._c.run == "systemd" or not (where / settings.CONF).exists():
+                    raise PostgresError(str(e)) from e
+                found = None  # it was started by hand beside Harmony, and reads ours when it is started by it
+            if found is not None:
+                files.append((found[0], found[1].encode(), 0o644))
+        for each in {settings.CONF, name}:
+            text = settings.render(self._c, primary, sync, timeline, name=each)
+            files.append((where / each, text.encode(), 0o600))
+        return files
+
+    def _runs_since_before(self) -> bool:
+        """Whether what runs was started by other hands, with the user's configuration file."""
+        try:
+            told = durable.read_small(self.data / "postmaster.opts", 4096)
+        except OSError:
+            return False
+        return settings.CONF.encode() not in told and self.postmaster() is not None
+
+    def not_adoptable(self) -> str:
+        """Why what runs cannot be led as it is, with what to do; "": a reload brings Harmony's settings in."""
+        if self.is_standby() or self.postmaster() is None:
+            return (
+                f"no primary runs in {self.data}: adopt it where it runs; a standby is taken over by itself"
+            )
+        try:
+            self._wanted(None, None, b"", self.data)
+        except (PostgresError, OSError) as e:
+            return str(e)
+        return ""
 
     async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
         await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))
+
+    async def found(self, testimony: bytes) -> None:
+        if self.rejoin.empty in FOUNDS:
+            await self.rejoin.found(testimony)
 
     @property
     def unfinished(self) -> bool:

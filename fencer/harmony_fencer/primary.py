@@ -28,6 +28,7 @@ class Primary:
         `allowed()` is asked right before the promotion, which nothing takes back.
         """
         engine = self._engine
+        await engine.found(testimony)
         await engine.configure(None, request.sync, testimony)
         if engine.postmaster() is None:
             await engine.start()

@@ -98,19 +98,22 @@ class Programs:
         timeout_s: float,
         watch: Callable[[str], None] | None = None,
         fds: tuple[int, ...] = (),
+        feed: bytes = b"",
     ) -> str:
-        """`watch` is given the end of the output now and then, and may raise; `fds` are inherited."""
+        """`watch` is given the end of the output now and then, and may raise; `fds` are inherited; `feed` is stdin."""
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
         try:
             # In memory: no folder for temporary files must be there, or have room.
             sink = os.fdopen(os.memfd_create("output", os.MFD_CLOEXEC), "w+b")
         except OSError as e:
             raise PostgresError(f"{shown} could not be run: {e}") from e
-        with sink:
+        with sink, os.fdopen(os.memfd_create("input", os.MFD_CLOEXEC), "w+b") as source:
+            source.write(feed)
+            source.seek(0)
             try:
                 process = await trio.lowlevel.open_process(
                     [*ordinary(), *argv],
-                    stdin=subprocess.DEVNULL,
+                    stdin=source if feed else subprocess.DEVNULL,
                     stdout=sink,
                     stderr=sink,
                     env=self._environment(),
@@ -163,15 +166,27 @@ class Programs:
         timeout_s: float,
         watch: Callable[[str], None] | None = None,
         fds: tuple[int, ...] = (),
+        feed: bytes = b"",
     ) -> str:
         """The end of stdout and stderr of one of PostgreSQL's programs. Raises PostgresError."""
         argv = [*self._as_postgres(), str(Path(self._c.bin_dir) / program), *arguments]
         shown = f"{program} {' '.join(arguments[:1])}".strip()
-        return await self._run(argv, shown=shown, timeout_s=timeout_s, watch=watch, fds=fds)
+        return await self._run(argv, shown=shown, timeout_s=timeout_s, watch=watch, fds=fds, feed=feed)
 
-    async def tool(self, program: str, *arguments: str, timeout_s: float) -> None:
+    async def tool(
+        self,
+        program: str,
+        *arguments: str,
+        timeout_s: float,
+        watch: Callable[[str], None] | None = None,
+        fds: tuple[int, ...] = (),
+    ) -> None:
         """One of the host's programs, as PostgreSQL's user. Raises PostgresError."""
-        await self._run([*self._as_postgres(), program, *arguments], shown=program, timeout_s=timeout_s)
+        argv, shown = (
+            [*self._as_postgres(), program, *arguments],
+            arguments[-1] if program == "env" else program,
+        )
+        await self._run(argv, shown=shown, timeout_s=timeout_s, watch=watch, fds=fds)
 
     async def start(self, config_file: Path, cgroup: Cgroup | None) -> None:
         """Start and wait until it answers. Raises PostgresError."""

@@ -215,13 +215,18 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     postgres_starts: int  # counts starts seen; a crash and restart between two looks is noticed by it
     following: str | None  # primary of the last done follow, while PostgreSQL runs as its standby
     is_standby: bool  # the data directory is marked as a standby (standby.signal)
+    was_standby: bool  # the control file says so of what ran here last
     system_identifier: str | None
     timeline: int  # the newest that had WAL here at the start or after an activate; 0: not known
     latch: Latch | None
+    adopting: (
+        bool  # it runs as a primary with an operator's permit and without a lease, until the first order
+    )
     held_by: str  # how PostgreSQL's processes are held: their cgroup, or the process tree and why
     watchdog: str  # "off", or the device and what became of it
     cannot_lead: str  # why an activate would fail here ("" where nothing is known against it)
     progress: str  # of a rejoin, under way or interrupted
+    empty: str  # how a data directory may be made where nothing is (bootstrap.method); "": something is there
     unfinished: bool  # a rejoin was interrupted: only another one can start PostgreSQL here
     cannot_rewind: (
         str  # why pg_rewind could not help here, and what to do; "" where nothing is known against it

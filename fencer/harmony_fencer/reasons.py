@@ -36,7 +36,8 @@ NOT_LET_IN = {  # why the primary does not let its WAL be streamed, and what to 
     "password authentication failed": "correct replication.passfile, or the role's password",
     "no password supplied": "put the role's password into replication.passfile",
     "no pg_hba.conf entry": "let the role in for replication in the primary's pg_hba.conf",
-    "replication role": "ALTER ROLE ... REPLICATION on the primary",
+    "replication role": "ALTER ROLE ... REPLICATION on the primary",  # PostgreSQL 13 to 15
+    "to start WAL sender": "ALTER ROLE ... REPLICATION on the primary",  # since 16
     "does not exist": "create the role on the primary",
     "is not permitted to log in": "ALTER ROLE ... LOGIN on the primary",
     "max_wal_senders": "raise max_wal_senders on the primary",

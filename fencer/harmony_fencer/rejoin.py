@@ -21,24 +21,23 @@ from typing import Protocol
 
 import trio
 
-from harmony_fencer import durable, reasons, settings
+from harmony_fencer import bootstrap, durable, reasons, settings
 from harmony_fencer.alone import only_one
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import read_small
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
 from harmony_fencer.log import log
-from harmony_fencer.places import exchange, is_mount, move, own_files, size, there, unlink
+from harmony_fencer.places import STUB, exchange, is_mount, is_stub, move, own_files, size, there, unlink
 from harmony_fencer.programs import PostgresError, Programs
+from harmony_fencer.standby import streams
 
-STUB = "harmony.rejoin"  # in what takes the data directory's place
 WHOLE = "harmony.whole"  # the last to be written into what is to be put in place
 UNPROVEN = "harmony.unproven"  # in a copy that was never seen streaming and never led: not worth keeping
 LOCK = "rejoin.lock"
 CONTROL_S = 5.0
 PREFLIGHT_S = 30.0
 STREAM_S = 10.0  # how long it is looked whether the new standby streams
-LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
 SHUT_DOWN = ("shut down", "shut down in recovery")
 _PROGRESS = re.compile(r"(\d+)/(\d+) kB \((\d+)%\)")
 
@@ -59,15 +58,6 @@ class Base(Protocol):
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome: ...
     async def start(self) -> None: ...
     def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None: ...
-
-
-def is_stub(data: Path) -> bool:
-    """Whether `data` only holds the place of a directory that is being rewound. Never raises."""
-    try:
-        (data / STUB).stat()
-    except OSError:
-        return False
-    return True
 
 
 class Rejoin:
@@ -96,6 +86,8 @@ class Rejoin:
 
     async def learn(self) -> None:
         """Whether pg_rewind could help here one day: what was changed without a WAL record, it would not see."""
+        if not there(self._real() / "PG_VERSION"):
+            return
         try:
             hints = await self._base.control("wal_log_hints setting", self._real())
             checksums = await self._base.control("Data page checksum version", self._real())
@@ -111,12 +103,32 @@ class Rejoin:
             if not before:
                 log.warning("pg_rewind could not help here", why=self.cannot_rewind)
 
+    @property
+    def empty(self) -> str:
+        """By which method something may be made here, where nothing is; "": none, or something is there."""
+        return bootstrap.may_make(self._c)
+
+    async def found(self, testimony: bytes) -> None:
+        """Where there is nothing: a new cluster. Raises PostgresError, OSError; the next found() begins anew."""
+        fd = await only_one(Path(self._c.run_dir) / LOCK, (self.aside, self.new))
+        try:
+            self._working = "making a new cluster"
+            await self._fill(None, "", fd)
+            await self._furnish(self.new, None, testimony, unproven=False)
+            await self._put_in_place(self.new)
+        finally:
+            self._working = ""
+            os.close(fd)
+
     # ------------------------------------------------------------ the whole
 
     async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
         """Before anything is stopped: "" or why only a copy helps. Raises PostgresError: neither can be tried."""
         try:
             self._working = f"looking at {primary}"
+            bootstrap.check(self.data)
+            if self.empty:
+                return "there was no data directory"
             where = self._real()
             found = await self._base.control("system identifier", where)
             if found != system_identifier:
@@ -292,14 +304,7 @@ class Rejoin:
             not (self.new / WHOLE).exists()
             or await self._base.control("system identifier", self.new) != system
         ):
-            await self._remove(self.new)
-            await self._change(lambda change: change.act(lambda: self._make(self.new)), parent=True)
-            self._working = f"copying from {primary}"
-            watch = self._watch("copying", fits=self._fits)
-            await self._base.programs.run(
-                "pg_basebackup", "-D", str(self.new), "-d", settings.conninfo(self._c, primary), "-X", "stream",
-                "-c", "fast", "--progress", "--no-password", timeout_s=math.inf, watch=watch, fds=(fd,),
-            )  # fmt: skip
+            await self._fill(primary, system, fd)
             found = await self._base.control("system identifier", self.new)
             if found != system:
                 await self._remove(self.new)
@@ -308,6 +313,24 @@ class Rejoin:
                 )
         await self._furnish(self.new, primary, testimony, unproven=True)
         await self._put_in_place(self.new)
+
+    async def _fill(self, primary: str | None, system: str, fd: int) -> None:
+        """Beside, from nothing: by the operator's command, as a new cluster (`primary` None), or as a copy."""
+        await self._remove(self.new)
+        await self._change(lambda change: change.act(lambda: self._make(self.new)), parent=True)
+        programs = self._base.programs
+        if self.empty == "command":
+            watch = self._watch("bootstrap.command")
+            await bootstrap.command(self._c, programs, self.new, primary, system, (fd,), watch)
+        elif primary is None:
+            await bootstrap.initdb(self._c, programs, self._base.files, self.new, (fd,))
+        else:
+            self._working = f"copying from {primary}"
+            watch = self._watch("copying", fits=self._fits)
+            await programs.run(
+                "pg_basebackup", "-D", str(self.new), "-d", settings.conninfo(self._c, primary), "-X", "stream",
+                "-c", "fast", "--progress", "--no-password", timeout_s=math.inf, watch=watch, fds=(fd,),
+            )  # fmt: skip
 
     def _fits(self, total_kb: int, done_kb: int) -> None:
         found = os.statvfs(self.data.parent)
@@ -387,7 +410,7 @@ class Rejoin:
         self._must_be_alone()
         await self._change(lambda change: change.act(lambda: exchange(self.data, self.aside)), parent=True)
 
-    async def _furnish(self, place: Path, primary: str, testimony: bytes, *, unproven: bool) -> None:
+    async def _furnish(self, place: Path, primary: str | None, testimony: bytes, *, unproven: bool) -> None:
         """A finished directory gets this node's own files and settings, and the mark that it is whole."""
 
         def furnish(change: Change) -> None:
@@ -412,6 +435,8 @@ class Rejoin:
 
     async def _put_in_place(self, place: Path) -> None:
         self._must_be_alone()
+        if not there(self.data):
+            await self._change(lambda change: change.act(lambda: self._make(self.data)), parent=True)
         await self._change(lambda change: change.act(lambda: exchange(self.data, place)), parent=True)
         log.info("put in place", what=str(place))
         await self._tidy()
@@ -420,25 +445,13 @@ class Rejoin:
         """Whether its WAL receiver lasts. Only then old directories are thrown away."""
         seen: dict[int, float] = {}
         with trio.move_on_after(STREAM_S):
-            while not self._streams(seen):
+            while not streams(self._base.pids(), seen, trio.current_time()):
                 await trio.sleep(0.1)
             await self._change(lambda _: unlink(self.data / UNPROVEN))
             removed = await self._prune()
             return "it streams" + (f"; removed {', '.join(removed)}" if removed else "")
         why = reasons.not_let_in(self.data)
         return f"it does not stream within {STREAM_S:g} s" + (f": {why}" if why else "")
-
-    def _streams(self, seen: dict[int, float]) -> bool:
-        """By the process's title once something came, or as it lives longer than a vain connection would."""
-        for pid in self._base.pids():
-            try:
-                title = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"postgres:") and b"walreceiver" in title:
-                lasted_s = trio.current_time() - seen.setdefault(pid, trio.current_time())
-                return b"streaming" in title or lasted_s > LASTS_S
-        return False
 
     async def _prune(self) -> list[str]:
         """Old directories beyond what is to be kept, the oldest first."""

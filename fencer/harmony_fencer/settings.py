@@ -3,7 +3,9 @@
 Run by pg_ctl: data_dir/harmony.postgresql.conf is the config_file; it includes the user's postgresql.conf
 (in the data directory, or Debian's in /etc/postgresql) and sets ours after it. Run by systemd: the unit
 starts PostgreSQL with the user's file, which must include ours at its end; a conf.d folder that it
-includes already (Debian's) gets a file that does so. Nothing here starts or signals anything.
+includes already (Debian's) gets a file that does so. One that runs since before Harmony, and is to be run by
+pg_ctl, reads the user's file until its next start: this must include ours, too, without the way back
+(harmony.included.conf: the other would include it in turn). Nothing here starts or signals anything.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from harmony_fencer.config import FencerConfig
 from harmony_fencer.protocol import SyncRule
 
 CONF = "harmony.postgresql.conf"
+INCLUDED = "harmony.included.conf"
 DROP_IN = "zz-harmony.conf"
 OWN_ALWAYS = ("primary_conninfo", "synchronous_standby_names")  # whatever their value
 OURS = re.compile(rf"^\s*({'|'.join(OWN_ALWAYS)})\s*=", re.MULTILINE)
 _INCLUDE_DIR = re.compile(r"\s*include_dir\s*=?\s*'([^']+)'")
-_INCLUDES_OURS = re.compile(rf"\s*include(_if_exists)?\s*=?\s*'[^']*\b{re.escape(CONF)}'")
+_INCLUDES = re.compile(r"\s*include(?:_if_exists)?\s*=?\s*'([^']+)'")
 _SETTING = re.compile(r"\s*(\w+)(?:\s*=\s*|\s+)('(?:[^']|'')*'|[^\s#']+)")
 
 
@@ -78,15 +81,17 @@ def names(c: FencerConfig, sync: SyncRule | None) -> str:
     return f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
 
 
-def render(c: FencerConfig, primary: str | None, sync: SyncRule | None, timeline: str = "latest") -> str:
-    """The whole file."""
+def render(
+    c: FencerConfig, primary: str | None, sync: SyncRule | None, timeline: str = "latest", *, name: str = CONF
+) -> str:
+    """The whole file of that name."""
     source = conninfo(c, primary) if primary is not None else ""
     settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names(c, sync)}
     settings["recovery_target_timeline"] = timeline
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]
-    if c.run == "pg_ctl":
+    if c.run == "pg_ctl" and name == CONF:
         lines.append(f"include {quote(c.config_file)}")
     lines += [f"{key} = {quote(value)}" for key, value in settings.items()]
     return "\n".join(lines) + "\n"
@@ -98,18 +103,19 @@ def clash(auto_conf: str) -> str | None:
     return found.group(1) if found else None
 
 
-def drop_in(c: FencerConfig) -> tuple[Path, str] | None:
-    """For run = "systemd": (file, content) that makes the user's configuration read ours; None: it does already.
+def drop_in(c: FencerConfig, name: str = CONF) -> tuple[Path, str] | None:
+    """(file, content) that makes the user's configuration read ours, `name`; None: it does already.
 
     Raises ValueError saying which line the user must add, where there is no folder for it, or take away, where
     one sets a setting of Harmony's once more: PostgreSQL takes the last. (Files that are included by name after
     ours are not looked into.)
     """
-    line = f"include_if_exists {quote(f'{c.data_dir}/{CONF}')}"
+    line = f"include_if_exists {quote(f'{c.data_dir}/{name}')}"
     user = Path(c.config_file)
     lines = user.read_text(errors="surrogateescape").splitlines()
     for number, text in reversed(list(enumerate(lines, 1))):
-        if _INCLUDES_OURS.match(text):
+        included = _INCLUDES.match(text)
+        if included is not None and Path(included.group(1)).name == name:
             _refuse_later(c, user, number)
             return None
     for number, text in enumerate(lines, 1):

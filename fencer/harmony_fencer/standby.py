@@ -7,8 +7,10 @@ until there is a reason to stop it. It accepts no order and holds no lease: fenc
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Protocol
 
+from harmony_fencer import bootstrap
 from harmony_fencer.clock import NS, Clock
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Engine
@@ -17,6 +19,7 @@ from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import Follow, Rejoin
 from harmony_fencer.watchdog import Policy
 
+LASTS_S = 2.5  # beyond settings.conninfo's connect_timeout
 Stop = Callable[
     [int], Awaitable[None]
 ]  # until when cleanly (boot clock); raises PostgresError: not proven gone
@@ -78,6 +81,20 @@ class Standby:
         """And whoever starts it next gets a standby. Raises PostgresError."""
         await self._stop(clean_until_ns)
         if self._owner.could_write:
+            bootstrap.check(Path(self._c.data_dir))
             raise PostgresError(
                 "standby.signal could not be written: it could be started as a primary meanwhile"
             )
+
+
+def streams(pids: list[int], seen: dict[int, float], now_s: float) -> bool:
+    """Whether a WAL receiver among them streams: by its title once something came, or as it lives longer than a vain
+    connection would. `seen`: since when each is known."""
+    for pid in pids:
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"postgres:") and b"walreceiver" in title:
+            return b"streaming" in title or now_s - seen.setdefault(pid, now_s) > LASTS_S
+    return False

@@ -86,8 +86,8 @@ async def _read(store: Store) -> tuple[ClusterState, Control, int]:
 
 
 @asynccontextmanager
-async def connected(config: Config) -> AsyncIterator[Store]:
-    """The configured store, within CONNECT_S. Raises Impossible, StoreError."""
+async def connected(config: Config, *, new: bool = False) -> AsyncIterator[Store]:
+    """The configured store, within CONNECT_S. Raises Impossible, StoreError. `new`: it may have no bucket yet."""
     s = config.store
     async with open_store(
         s.type,
@@ -100,6 +100,9 @@ async def connected(config: Config) -> AsyncIterator[Store]:
         with trio.move_on_after(CONNECT_S):
             while not (store.connected or (store.facts is not None and not store.facts.lineage)):
                 await trio.sleep(0.01)
+        if new and store.facts is not None and not store.facts.lineage:
+            yield store
+            return
         if store.facts is not None and store.facts.problem:
             click.echo(f"warning: {store.facts.problem}", err=True)
         if not store.connected:

@@ -8,6 +8,7 @@ import sys
 import click
 import msgspec
 
+from harmony.cli.adopt import adopt
 from harmony.cli.control import DEFAULT_CONFIG, acknowledge
 from harmony.cli.fence import fence, unfence
 from harmony.cli.status import status
@@ -114,6 +115,7 @@ cli.add_command(fence)
 cli.add_command(unfence)
 cli.add_command(store)
 cli.add_command(acknowledge)
+cli.add_command(adopt)
 cli.add_command(switchover)
 
 

@@ -43,6 +43,9 @@ class FencerView:
     unfinished: bool = False  # a rejoin was interrupted: only another can start PostgreSQL
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
+    was_standby: bool = False  # by the control file, what ran here last was a standby
+    empty: str = ""  # bootstrap.method, where nothing stands at data_dir and something may be made there
+    adopting: bool = False  # PostgreSQL runs as a primary with an operator's permit and without a lease
     timeline: int = 0  # the newest with WAL here that it knows of
     spent: bool = False  # what is left of PostgreSQL is killed, and waits in the kernel: none runs again
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins

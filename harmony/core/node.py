@@ -229,7 +229,9 @@ def _renew(v: View, me: Identity, commands: list[Command]) -> View:
     if f is None or f.active is None or v.cluster is None or f.active[0] != v.cluster.term:
         return v
     activating = (
-        v.state in {State.FENCED, State.PROMOTING} and v.order is not None and v.order.op == "activate"
+        v.state in {State.ADOPTING, State.FENCED, State.PROMOTING}
+        and v.order is not None
+        and v.order.op == "activate"
     )
     if not (v.state in {State.HEALTHY, State.LEADER} or activating) or not is_leading(v, me):
         return v
@@ -326,6 +328,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             sync_voters=rule.voters,
             reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
+            adopting=v.intent == "create" and f.adopting,
         )
     vacate = v.intent == "vacate"
     rule = v.recording if v.recording is not None and not vacate else ruling.recorded(c)
@@ -333,7 +336,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
     writing = db is not None and db.db == "primary"
     return ClusterState(
         cluster_id=c.cluster_id,
-        system_identifier=c.system_identifier,
+        system_identifier=c.system_identifier or f.system_identifier or "",
         term=c.term,
         primary=None if vacate else me.node,
         primary_fencer_id=None if vacate else f.fencer_id,
@@ -354,6 +357,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         refused=v.refused or c.refused,
         reserved=max(v.reserving, c.reserved),
         changes=c.changes,
+        adopting=c.adopting and v.state is State.ADOPTING,
     )
 
 

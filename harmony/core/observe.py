@@ -28,7 +28,10 @@ ORDER_LOST_NS = 1_000_000_000  # an order that the fencer has not shown after th
 
 
 def stale(v: View, t: Timing, now_ns: int) -> bool:
-    """The two-clock rule: by the store's stamps *and* by our own boot clock."""
+    """The two-clock rule: by the store's stamps *and* by our own boot clock. Not of a primary without a lease yet:
+    it would not stop."""
+    if v.cluster is not None and v.cluster.adopting:
+        return False
     by_store = v.stamp_ns > 0 and v.own_stamp_ns - v.stamp_ns > t.failover_ns
     by_boot = now_ns - v.silent_from_ns > t.failover_ns
     return by_store and by_boot
@@ -78,7 +81,7 @@ def _foreign(v: View, me: Identity) -> str | None:
     if c is None or f is None:
         return None
     here = f.system_identifier or (v.db.system_identifier if v.db is not None else None)
-    if here is not None and here != c.system_identifier:
+    if here is not None and c.system_identifier and here != c.system_identifier:
         return (
             f"the data directory has system identifier {here}, the cluster {c.cluster_id} has "
             f"{c.system_identifier}: it belongs to another cluster. Clone it from the primary, or correct "
@@ -256,6 +259,42 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
     return True, said and ready and not lag, waiting
 
 
+# ---------------------------------------------------------------- founding and adoption
+
+
+def cannot_found(v: View) -> str:
+    """Why nothing is founded with the data here; "": it may be. A standby's is behind a primary that may still run. And
+    where nothing stands at data_dir, other members' data would be another cluster's from then on."""
+    f = v.fencer
+    if f is not None and f.was_standby and not (v.may_found or f.adopting):
+        advice = "harmonyctl adopt where it runs; or, where none does and this is the newest data, store accept --found"
+        return f"what ran here last was the standby of some primary: {advice}"
+    if f is None or f.system_identifier is not None:
+        return ""
+    if f.empty not in {"initdb", "command"}:
+        return (
+            "there is no data directory here, and bootstrap.method makes no new cluster"
+            if f.empty
+            else "unknown yet"
+        )
+    data = [f"{n} ({m.system_identifier})" for n, m in v.members.items() if m.system_identifier]
+    return (
+        f"other members have data: {', '.join(data)}; found the cluster there, or move it away"
+        if data
+        else ""
+    )
+
+
+def not_ready(v: View, me: Identity) -> str:
+    """Why what is to be adopted is not led yet: commits would wait for standbys that stream under other names."""
+    found = {w.name for w in v.db.walsenders} if v.db is not None else set()
+    others = [n for n in me.members if n != me.node]
+    missing = [n for n in others if n not in found]
+    if len(others) - len(missing) >= me.sync_count:
+        return ""
+    return f"{me.sync_count} of these must stream under their names first: {', '.join(missing)}"
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -319,7 +358,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         term_behind=highest(v)[0] > term,
         latched=f is not None and f.latched is not None,
         trusted=f is not None and f.trusted,
-        identified=f is not None and f.system_identifier is not None,
+        identified=f is not None and (f.system_identifier is not None or not cannot_found(v)),
+        cannot_found=cannot_found(v),
         reserved=v.reserved > 0,
         virgin=f is not None and f.highest[0] == 0,
         may_claim=now_ns >= v.claim_pause_until_ns,
@@ -329,6 +369,9 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         eligible_why=verdict.why,
         foreign=_foreign(v, me),
         distrust=distrust(v),
+        adopting=f is not None and f.adopting,
+        adoption_waits=not_ready(v, me),
+        sync_shown=v.db is not None and (v.db.names != "" or not me.sync_count),
         may_found=f is not None and v.may_found != "" and f.system_identifier == v.may_found,
         wanted=to,
         wanted_why=why_not,

@@ -28,6 +28,8 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
         return ""
     if f.unfinished:
         return "a rejoin was interrupted here"
+    if f.empty:
+        return "there is no data directory here yet"
     if who == "vacant":
         return ""
     if (

@@ -9,6 +9,7 @@ class State(StrEnum):
     """A node's workflow state. The preferred primary starts in the primary workflow, others as replicas."""
 
     P_INITIALIZING = "primary/initializing"
+    ADOPTING = "primary/adopting"
     HEALTHY = "primary/healthy"
     P_FAILED = "primary/failed"
     FENCED = "primary/fenced"

@@ -68,6 +68,10 @@ class Observation:
     flapping: bool = False  # leadership was lost here by a failure of ours, more than once of late
     distrust: str = ""  # why the store is not trusted
     may_found: bool = False  # an operator lets this node found the cluster anew
+    cannot_found: str = ""  # why nothing is founded with the data here
+    adopting: bool = False  # PostgreSQL ran before Harmony, and an operator lets it be taken over
+    adoption_waits: str = ""  # for what that waits
+    sync_shown: bool = True  # PostgreSQL shows the synchronous rule of the term
     wanted: str | None = None  # to whom leadership should be handed over
     wanted_why: str = ""  # why a switchover that was asked for cannot be
     named: str | None = None  # the successor that we have named
@@ -339,13 +343,23 @@ TABLE: tuple[Row, ...] = (
     _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
     _row(102, S.P_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.P_INITIALIZING, "waiting for the fencer and a first look at the store"),
     _row(104, S.P_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.HEALTHY, "restarted as the recorded primary with the lease in force: resuming at once"),
+    _row(105, S.P_INITIALIZING, "recorded primary is me, to be adopted", lambda o: o.leads == "me" and o.adopting, S.ADOPTING, "recorded primary, whose running PostgreSQL is to be taken over"),
     _row(106, S.P_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.P_FAILED, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
     _row(108, S.P_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.P_INITIALIZING, "recorded primary: waiting for the database's answer"),
     _row(110, S.P_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.YIELDING, "another node leads, or the place is vacant: yielding"),
     _row(111, S.P_INITIALIZING, "empty store, distrusted", lambda o: o.leads == "nobody_yet" and o.distrust != "", S.P_INITIALIZING, "ALARM, not founding a cluster:", detail=lambda o: o.distrust),
     _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not (o.virgin or o.may_found), S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store, or harmonyctl store accept --found"),
+    _row(113, S.P_INITIALIZING, "empty store, no data to found with", lambda o: o.leads == "nobody_yet" and o.cannot_found != "", S.P_INITIALIZING, "new cluster, not founding it:", detail=lambda o: o.cannot_found),
     _row(114, S.P_INITIALIZING, "empty store, latched", lambda o: o.leads == "nobody_yet" and (o.latched or not o.trusted), S.P_INITIALIZING, "new cluster, but this node is latched or its fencer's state untrusted: not claiming it"),
+    _row(115, S.P_INITIALIZING, "empty store, PostgreSQL runs", lambda o: o.leads == "nobody_yet" and o.postgres_up and not (o.adopting or o.may_found), S.P_INITIALIZING, "new cluster, and PostgreSQL runs here as somebody's standby: not founding it; harmonyctl adopt where the primary runs, or stop PostgreSQL here"),
     _row(116, S.P_INITIALIZING, "empty store, virgin node or founder", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: claiming its first term", "create"),
+    _row(150, S.ADOPTING, "something foreign", lambda o: o.foreign is not None, S.ADOPTING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
+    _row(152, S.ADOPTING, "activate done, writable, rule in force", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary" and o.sync_shown, S.HEALTHY, "adopted: the running PostgreSQL is led under a lease"),
+    _row(154, S.ADOPTING, "activate accepted, and failed", lambda o: o.order_op == "activate" and o.order == "failed" and not o.adopting, S.P_FAILED, "taking over failed; fencing", "fence", detail=_order_why),
+    _row(156, S.ADOPTING, "activated", lambda o: o.order_op == "activate" and o.leads == "me" and not (o.lost or o.adopting), S.ADOPTING, "under a lease: waiting until PostgreSQL shows the synchronous rule"),
+    _row(158, S.ADOPTING, "not ours, or no permit any more", lambda o: o.leads != "me" or o.lost or not o.adopting, S.P_INITIALIZING, "not to be adopted any more: looking at it anew"),
+    _row(160, S.ADOPTING, "waiting for standbys", lambda o: o.adoption_waits != "", S.ADOPTING, "not under a lease yet, PostgreSQL runs on:", detail=lambda o: o.adoption_waits),
+    _row(162, S.ADOPTING, "good heartbeats", lambda o: o.recovered and o.lease_left and not o.writing and o.trusted and not o.distrust and not o.term_behind and o.order != "running" and o.may_order, S.ADOPTING, "the store is good: taking the running PostgreSQL over", "activate"),
     *_leader_rows(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     _row(300, S.P_FAILED, "fence proven", lambda o: o.fence_proven, S.FENCED, "the fence is proven: PostgreSQL is gone"),
     _row(301, S.P_FAILED, "fence not proven, yet nothing left can run, may not resume", lambda o: o.spent and _must_vacate(o), S.P_FAILED, "killed, though not gone: what is left waits in the kernel and never runs again; writing the vacancy", "vacate"),
@@ -378,7 +392,9 @@ TABLE: tuple[Row, ...] = (
     _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
     _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store"),
     _row(604, S.R_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.LEADER, "restarted as the recorded primary with the lease in force: resuming at once"),
+    _row(605, S.R_INITIALIZING, "recorded primary is me, to be adopted", lambda o: o.leads == "me" and o.adopting, S.ADOPTING, "recorded primary, whose running PostgreSQL is to be taken over"),
     _row(606, S.R_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.DEMOTING, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
+    _row(607, S.R_INITIALIZING, "empty store, to be adopted", lambda o: o.leads == "nobody_yet" and o.adopting and o.identified and not o.distrust and not o.latched and o.trusted and not o.writing and o.may_claim, S.R_INITIALIZING, "new cluster: claiming its first term for the PostgreSQL that runs here", "create"),
     _row(608, S.R_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.R_INITIALIZING, "recorded primary: waiting for the database's answer"),
     _row(609, S.R_INITIALIZING, "empty store, founder", lambda o: o.leads == "nobody_yet" and o.may_found and o.identified and not o.distrust and not o.latched and o.trusted and not o.writing and o.may_claim, S.R_INITIALIZING, "an operator lets this node found the cluster anew", "create"),
     _row(610, S.R_INITIALIZING, "empty store", lambda o: o.leads == "nobody_yet", S.R_INITIALIZING, "new cluster: waiting for the preferred primary to claim its first term"),

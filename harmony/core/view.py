@@ -23,6 +23,7 @@ from harmony.records import ClusterState, Control, Member
 # goes on too, saying so: until its fence is proven and the vacancy written, this is what holds the others off.
 LEADING = frozenset(
     {
+        State.ADOPTING,
         State.HEALTHY,
         State.LEADER,
         State.P_FAILED,
@@ -267,7 +268,7 @@ def next_timeline(v: View) -> int:
     known = [m.timeline for m in v.members.values()]
     known += [c.reserved, c.timeline] if c is not None else []
     known += [v.db.timeline] if v.db is not None else []
-    known += [f.timeline] if f is not None else []
+    known += [f.timeline, 1 if f.empty else 0] if f is not None else []  # a new cluster begins with 1
     return max(known, default=0) + 1
 
 

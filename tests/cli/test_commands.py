@@ -269,6 +269,9 @@ def fencer_status(
         "timeline": 4,
         "change": 1,
         "shutdown_lsn": None,
+        "adopting": False,
+        "empty": "",
+        "was_standby": False,
     }
     raw |= {
         "system_identifier": "7",

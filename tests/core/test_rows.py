@@ -18,7 +18,8 @@ Example = tuple[int, S, dict[str, object], S, tuple[Action, ...]]
 GONE: dict[str, object] = {"fence_proven": True, "postgres_up": False, "db": "down"}
 ACTIVATED: dict[str, object] = {"order": "done", "order_op": "activate"}
 NAMED: dict[str, object] = {"named": "n3", "successor_fit": True}
-EMPTY: dict[str, object] = {"leads": "nobody_yet", "granted": False, "db": "standby"}
+EMPTY: dict[str, object] = {"leads": "nobody_yet", "granted": False, "db": "down", "postgres_up": False}
+ADOPT: dict[str, object] = {"granted": False, "adopting": True, "virgin": True}
 STANDBY: dict[str, object] = {"granted": False, "db": "standby"}
 STRAY: dict[str, object] = {"granted": False, "db": "down", "postgres_up": False, "following_right": False}
 
@@ -52,13 +53,23 @@ EXAMPLES: list[Example] = [
     (100, S.P_INITIALIZING, {"foreign": "another system id"}, S.P_INITIALIZING, ("fatal",)),
     (102, S.P_INITIALIZING, {"fencer_known": False}, S.P_INITIALIZING, ()),
     (104, S.P_INITIALIZING, {}, S.HEALTHY, ()),
+    (105, S.P_INITIALIZING, ADOPT, S.ADOPTING, ()),
     (106, S.P_INITIALIZING, {"granted": False}, S.P_FAILED, ("fence",)),
     (108, S.P_INITIALIZING, {"db": "unknown"}, S.P_INITIALIZING, ()),
     (110, S.P_INITIALIZING, {"leads": "other"}, S.YIELDING, ()),
     (111, S.P_INITIALIZING, EMPTY | {"distrust": "x", "virgin": True}, S.P_INITIALIZING, ()),
     (112, S.P_INITIALIZING, EMPTY, S.P_INITIALIZING, ()),
+    (113, S.P_INITIALIZING, EMPTY | {"virgin": True, "cannot_found": "it was a standby"}, S.P_INITIALIZING, ()),
     (114, S.P_INITIALIZING, EMPTY | {"virgin": True, "latched": True}, S.P_INITIALIZING, ()),
+    (115, S.P_INITIALIZING, EMPTY | {"virgin": True, "postgres_up": True, "db": "standby"}, S.P_INITIALIZING, ()),
     (116, S.P_INITIALIZING, EMPTY | {"virgin": True}, S.P_INITIALIZING, ("create",)),
+    (150, S.ADOPTING, {"foreign": "another system id"}, S.ADOPTING, ("fatal",)),
+    (152, S.ADOPTING, ACTIVATED, S.HEALTHY, ()),
+    (154, S.ADOPTING, {"order": "failed", "order_op": "activate"}, S.P_FAILED, ("fence",)),
+    (156, S.ADOPTING, ACTIVATED | {"sync_shown": False}, S.ADOPTING, ()),
+    (158, S.ADOPTING, {"granted": False}, S.P_INITIALIZING, ()),
+    (160, S.ADOPTING, ADOPT | {"adoption_waits": "n2"}, S.ADOPTING, ()),
+    (162, S.ADOPTING, ADOPT, S.ADOPTING, ("activate",)),
     *leader(200, S.HEALTHY, S.P_FAILED, S.YIELDING),
     (300, S.P_FAILED, GONE, S.FENCED, ()),
     (301, S.P_FAILED, {"spent": True, "postgres_failed": True}, S.P_FAILED, ("vacate",)),
@@ -90,7 +101,9 @@ EXAMPLES: list[Example] = [
     (600, S.R_INITIALIZING, {"foreign": "another system id"}, S.R_INITIALIZING, ("fatal",)),
     (602, S.R_INITIALIZING, {"fencer_known": False}, S.R_INITIALIZING, ()),
     (604, S.R_INITIALIZING, {"leads": "me"}, S.LEADER, ()),
+    (605, S.R_INITIALIZING, ADOPT | {"leads": "me"}, S.ADOPTING, ()),
     (606, S.R_INITIALIZING, {"leads": "me", "granted": False}, S.DEMOTING, ("fence",)),
+    (607, S.R_INITIALIZING, ADOPT | {"leads": "nobody_yet"}, S.R_INITIALIZING, ("create",)),
     (608, S.R_INITIALIZING, {"leads": "me", "db": "unknown"}, S.R_INITIALIZING, ()),
     (609, S.R_INITIALIZING, EMPTY | {"may_found": True}, S.R_INITIALIZING, ("create",)),
     (610, S.R_INITIALIZING, EMPTY, S.R_INITIALIZING, ()),

@@ -324,7 +324,7 @@ class SteppedRejoin:
         self._engine, self._world = engine, engine.world
         self._working = ""
 
-    cannot_rewind = ""
+    cannot_rewind = empty = ""
 
     async def learn(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -544,6 +544,11 @@ class SteppedEngine:
             nursery.start_soon(shut_down, nursery.cancel_scope)
             await self._clock.sleep_until(until_ns)
             nursery.cancel_scope.cancel()
+
+    was_standby = False
+
+    async def found(self, testimony: bytes) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
         async with self.effect("configure") as call:

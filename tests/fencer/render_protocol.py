@@ -126,6 +126,10 @@ MEANING = {
     "Status.system_identifier": "PostgreSQL's, once it has been read",
     "Status.sync": "the rule of the generation whose lease is in force; null: none is",
     "Status.latch": "the operator's fence in force",
+    "Status.empty": "`bootstrap.method`, where nothing stands at `data_dir` and something may be made there",
+    "Status.was_standby": "what ran here last was a standby, as the control file has it",
+    "Status.adopting": "PostgreSQL runs as a primary without a lease, by an operator's permit (`harmonyctl adopt`); "
+    "the first accepted order ends that",
     "Status.held_by": "how PostgreSQL's processes are held: a cgroup, or the process tree and why, for people",
     "Status.watchdog": "the watchdog device and its state, for people",
     "StatusRequest.unless": "the `change` of the last `status` seen",

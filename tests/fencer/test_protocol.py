@@ -374,8 +374,8 @@ def full(text: str, rungs: int) -> Status:
         self_fence=SelfFence(text, 2**62, "preempted", text, 1234567.125, ladder), fence_proven=False,
         postgres="running", postgres_starts=2**31, following="n" * 40, is_standby=False,
         system_identifier="9" * 20, latch=Latch(text, text, "2026-01-01T00:00:00+00:00"), held_by=text,
-        watchdog=text, cannot_lead=text, progress=text, unfinished=True, cannot_rewind=text,
-        change=2**53 - 1, timeline=2**32 - 1, shutdown_lsn=2**63,
+        watchdog=text, cannot_lead=text, progress=text, unfinished=True, adopting=True, cannot_rewind=text,
+        empty="initdb", was_standby=True, change=2**53 - 1, timeline=2**32 - 1, shutdown_lsn=2**63,
         sync=SyncTold(2**53 - 1, SyncRule(32, ("n" * 40,) * 32), done=False),
     )  # fmt: skip
 
