@@ -12,14 +12,15 @@ from bench.ha import checker, plan
 from bench.ha.chaos import Chaos, options
 from bench.ha.faults import FAULTS
 from bench.ha.peer import DATABASES
+from bench.ha.scenarios import Act
 from bench.ha.stage import Stage
 from harmony.config import Rejoin
 from harmony.core.timing import PRESETS
 from tests.hosts.lab import why_not
 
 pytestmark = pytest.mark.real
-# Agent kept down with the stream's leader frozen, a host lost and then a switchover, a switchover with the fencer down.
-SEED, ROUNDS = 6285, 3
+# The agent is kept down and the stream's leader frozen; then a host is lost, and a switchover asked for as it returns.
+SEED, ROUNDS = 6285, 2
 
 
 def test_a_short_campaign() -> None:
@@ -38,7 +39,7 @@ def test_a_short_campaign() -> None:
 
 
 def _what_is_broken_is_seen(acting: Chaos) -> None:
-    """A row that was acknowledged is taken away; then somebody promotes a standby by hand."""
+    """A row that was acknowledged is taken away; then a standby whose Harmony stands still is promoted by hand."""
     stage = acting.stage
     assert acting.read_back() == []
     primary = acting.primary()
@@ -49,7 +50,10 @@ def _what_is_broken_is_seen(acting: Chaos) -> None:
     assert {(v.kind, f" {row} (by " in v.what) for v in found} == {("lost", True)}
 
     assert checker.overlaps(acting.acks()) == []
-    stage.execute(min(set(DATABASES) - {primary}), "SELECT pg_promote(false)")
+    other = min(set(DATABASES) - {primary})
+    for fault in ("supervisor-frozen", "agent-frozen", "fencer-frozen"):  # who else would end it in a moment
+        FAULTS[fault].strike(Act(stage, primary, other))
+    stage.execute(other, "SELECT pg_promote(false)")
 
     def seen() -> bool:
         acting.poll()

@@ -1,9 +1,9 @@
 """Keeps a lab's namespaces, cgroups, disks and folder, and removes them all when the process that wanted them is gone.
 
-Started in mount and IPC namespaces of its own with one JSON argument: {"base", "cgroup", "parent",
-"hosts": {name: address}, "disks": {name: megabytes}}. It answers with one line of JSON, {"switch": pid,
-"hosts": {name: pid}}: processes that hold a network namespace each. The end of standard input, or of the parent, ends
-it all: so it works for a parent that was SIGKILLed, too.
+Started in mount and IPC namespaces of its own with one JSON argument: {"base", "cgroup", "parent", "disks": {name:
+megabytes}, "hosts": {name: address}}. It answers with one line of JSON, {"switch": pid, "hosts": {name: pid}}:
+processes that hold a network namespace each. The end of standard input, or of the parent, ends it all: also when that
+was SIGKILLed.
 
 It refuses to know anything about what runs in the hosts, and touches no process outside the lab's cgroup.
 """
