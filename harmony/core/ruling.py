@@ -72,6 +72,8 @@ def database_seen(r: Ruling, e: DbSeen) -> Ruling:
         return r
     if r.sure and r.worst == r.told:
         return r if r.lsn else replace(r, lsn=e.received_lsn)  # of a later answer than the one that proved it
+    if r.told.count > r.worst.count and r.told != HOLD:
+        return r  # whatever is seen: not without HOLD before
     voting = {w.name for w in e.walsenders if w.voter}
     # From a rule of nobody on, what is seen to wait has met a new one; of a number's rise nothing else is seen.
     unproven = r.told == HOLD and r.worst.count == 0 and not e.waiting
@@ -93,12 +95,14 @@ def _found(v: View, f: FencerView, rule: Rule, now_ns: int) -> Ruling:
     """What is in force where we begin to lead: by our own activation, or as an agent before us left it."""
     o = v.order
     ours = o is not None and (o.op, o.generation) == ("activate", f.active) and not f.rule_number
-    voters = v.cluster.sync_voters if v.cluster is not None else ()
-    # While it was changed by somebody else: a count was never raised but by way of HOLD, whose own past is unknown.
-    worst = rule if ours or rule.count not in {0, HOLD.count} else Rule(0, voters)
+    c = v.cluster
+    if c is None or (ours and not c.adopting) or (c.sync_count and rule.count not in {0, HOLD.count}):
+        worst, sure = rule, False  # a count was never raised but by way of HOLD: no lower one is in force
+    else:  # commits may have waited for nobody: of HOLD nothing is known before, and what is adopted had no rule
+        worst, sure = Rule(0, c.sync_voters), not c.sync_count
     taken_ns = now_ns if f.rule_done else 0
     return Ruling(
-        f.rule_number, rule, worst, sure=False, began_ns=now_ns, sent_ns=now_ns * ours, taken_ns=taken_ns
+        f.rule_number, rule, worst, sure=sure, began_ns=now_ns, sent_ns=now_ns * ours, taken_ns=taken_ns
     )
 
 
@@ -114,7 +118,7 @@ def able(v: View, r: Ruling, me: Identity, t: Timing, now_ns: int) -> frozenset[
         if name == me.node:
             continue
         p, m = r.pulses.get(name, Pulse()), v.members.get(name)
-        if name in r.told.voters and now_ns <= grace_ns:
+        if now_ns <= grace_ns and (name in r.told.voters or r.told == HOLD):
             ok = True
         elif not alive(v, name, t, now_ns):
             ok = False

@@ -145,8 +145,8 @@ def next_step(
 ) -> Record | Tell | None:
     """What is next on the way to `target`; None: nothing, or nothing yet. `flushed`: by standby, bytes."""
     goal, worst = told_as(target), ruling.worst
-    if ruling.told != goal:
-        raises = goal.count > worst.count
+    raises = goal.count > worst.count
+    if ruling.told != goal or raises:
         reached = goal if raises else mixed(worst, goal)
         if not implies(reached, recorded):
             voters = tuple(sorted({*recorded.voters, *reached.voters, *target.voters}))

@@ -39,10 +39,12 @@ ALONE = Rule(0, ("n2", "n3"))
 class Leader:
     """n1 leads; its fencer and its PostgreSQL do at once what they are told, unless a test holds them up."""
 
-    def __init__(self, recorded: Rule = BOTH, *, mode: Mode = "quorum", restarted: bool = False) -> None:
+    def __init__(
+        self, recorded: Rule = BOTH, *, mode: Mode = "quorum", restarted: bool = False, **changes: object
+    ) -> None:
         self.me: Identity = replace(identity("n1"), sync_mode=mode)
         self.now, self.revision = T0, 50
-        self.record = cluster(term=3, sync_count=recorded.count, sync_voters=recorded.voters)
+        self.record = cluster(term=3, sync_count=recorded.count, sync_voters=recorded.voters, **changes)
         told = recorded if recorded.count else NOBODY
         self.rule, self.number, self.done = told, 0 if not restarted else 4, True
         self.loaded = told  # by PostgreSQL's session
@@ -265,6 +267,21 @@ def test_an_agent_that_finds_a_rule_in_force_tells_it_again_before_it_changes_it
     assert leader.number == 5
     leader.run(3)
     assert leader.told == [BOTH, ONLY2]
+
+
+def test_a_rule_that_was_told_where_there_was_none_is_not_believed() -> None:
+    """Of a standby it is: that never ran without. What is adopted did, and of what one finds it is not known."""
+
+    def leads(*, restarted: bool = False, **changes: object) -> Leader:
+        leader = Leader(ALONE, restarted=restarted, **changes)
+        leader.rule, leader.loaded, leader.voters = BOTH, BOTH, set(BOTH.voters)
+        leader.run(8)
+        assert leader.recorded == [BOTH]
+        return leader
+
+    assert leads().told == []
+    assert leads(adopting=True).told == [HOLD, BOTH]
+    assert leads(restarted=True).told == [BOTH, HOLD, BOTH]
 
 
 def test_a_refused_rule_is_looked_at_anew() -> None:
