@@ -34,6 +34,14 @@ class RejoinConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_free_mb: int = 256  # room that a copy must leave
 
 
+class SlotsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Replication slots. `keep_mb`: WAL that a slot may hold back; 0: a tenth of the disk."""
+
+    own: bool = False  # stream through a slot of this node, where an order says that it is there
+    keep_mb: int = 0
+    synced: bool = False  # have PostgreSQL 17 and newer copy the primary's logical failover slots
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
@@ -67,6 +75,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Literal["auto", "json", "console"]
     synchronous: bool = False  # commits may have to wait for standbys here
     rejoin: RejoinConfig = RejoinConfig()
+    slots: SlotsConfig = SlotsConfig()
 
     @property
     def lease_ns(self) -> int:

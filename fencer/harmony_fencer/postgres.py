@@ -197,20 +197,17 @@ class Postgres:
 
         await self.files.change(mark)
 
-    def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None:
+    def settle(
+        self, change: Change, primary: str | None, testimony: bytes, where: Path, *, slot: bool = False
+    ) -> None:
         """What configure() does, of a standby that stands at `where` for now."""
         # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
         timeline = "latest" if primary is not None else "current"
-        self._configure(change, primary, None, testimony, where, timeline)
+        source = settings.Source(primary, slot, timeline)
+        self._configure(change, source, None, testimony, where)
 
     def _configure(
-        self,
-        change: Change,
-        primary: str | None,
-        sync: SyncRule | None,
-        testimony: bytes,
-        where: Path,
-        timeline: str = "latest",
+        self, change: Change, source: settings.Source, sync: SyncRule | None, testimony: bytes, where: Path
     ) -> None:
         if not Path(self._c.config_file).exists():
             raise PostgresError(
@@ -231,12 +228,15 @@ class Postgres:
             if wanted is not None:
                 change.write(wanted[0], wanted[1].encode(), mode=0o644)
         change.write(where / WITNESS, testimony)
-        change.write(where / settings.CONF, settings.render(self._c, primary, sync, timeline).encode())
+        change.write(where / settings.CONF, settings.render(self._c, source, sync, where).encode())
 
-    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
+    async def configure(
+        self, primary: str | None, sync: SyncRule | None, testimony: bytes, *, slot: bool = False
+    ) -> None:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
-        await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))
+        source = settings.Source(primary, slot)
+        await self.files.change(lambda change: self._configure(change, source, sync, testimony, self.data))
 
     @property
     def unfinished(self) -> bool:

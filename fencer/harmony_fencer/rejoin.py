@@ -21,7 +21,7 @@ from typing import Protocol
 
 import trio
 
-from harmony_fencer import durable, reasons, settings
+from harmony_fencer import durable, reasons, settings, wal
 from harmony_fencer.alone import only_one
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import read_small
@@ -58,7 +58,9 @@ class Base(Protocol):
     async def control(self, field: str, data: Path | None = None) -> str: ...
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome: ...
     async def start(self) -> None: ...
-    def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None: ...
+    def settle(
+        self, change: Change, primary: str | None, testimony: bytes, where: Path, *, slot: bool = False
+    ) -> None: ...
 
 
 def is_stub(data: Path) -> bool:
@@ -79,6 +81,7 @@ class Rejoin:
         self.aside = self.data.with_name(self.data.name + ".harmony-rewind")
         self.new = self.data.with_name(self.data.name + ".harmony-new")
         self._working = ""
+        self._slot = False
         self.cannot_rewind = ""
         ids = config.postgres_ids
         self._ids = (ids.uid, ids.gid) if ids is not None else None
@@ -138,11 +141,15 @@ class Rejoin:
         finally:
             self._working = ""
 
-    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+    async def run(
+        self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str, slot: bool
+    ) -> str:
         """Of what is stopped: rewound or copied, and started as a standby of `primary`. Says what was done.
 
+        `slot`: the primary has one for this node; it keeps the WAL that a copy needs.
         Raises PostgresError, OSError; whatever the end, the next run() takes it up.
         """
+        self._slot = slot and self._c.slots.own
         try:
             if is_mount(self.data):
                 raise PostgresError(
@@ -226,6 +233,8 @@ class Rejoin:
             raise PostgresError(
                 f"this node and {primary} have both led on one timeline: no fork can be found"
             )
+        if not more and wal.broken(self.aside):
+            raise PostgresError(f"{primary} does not have the WAL any more that a rewound one begins with")
         await self._furnish(self.aside, primary, testimony, unproven=False)
         await self._put_in_place(self.aside)
 
@@ -296,9 +305,10 @@ class Rejoin:
             await self._change(lambda change: change.act(lambda: self._make(self.new)), parent=True)
             self._working = f"copying from {primary}"
             watch = self._watch("copying", fits=self._fits)
+            slot = ("-S", settings.slot_name(self._c.node)) if self._slot else ()
             await self._base.programs.run(
                 "pg_basebackup", "-D", str(self.new), "-d", settings.conninfo(self._c, primary), "-X", "stream",
-                "-c", "fast", "--progress", "--no-password", timeout_s=math.inf, watch=watch, fds=(fd,),
+                "-c", "fast", "--progress", "--no-password", *slot, timeout_s=math.inf, watch=watch, fds=(fd,),
             )  # fmt: skip
             found = await self._base.control("system identifier", self.new)
             if found != system:
@@ -396,7 +406,7 @@ class Rejoin:
             for name, content in own_files(self.data):
                 change.write(place / name, content)
             change.write(place / "standby.signal", b"")
-            self._base.settle(change, primary, testimony, place)
+            self._base.settle(change, primary, testimony, place, slot=self._slot)
             if unproven:
                 change.write(place / UNPROVEN, b"")
             change.write(place / WHOLE, b"")
