@@ -61,7 +61,7 @@ RULES = [
     ("final positions", f"{CORE}/candidate.py", "m.seen_revision == revision and m.silent_ns >= settle_ns",
      "True", "tests/core"),
     ("orders: one number, one order", f"{CORE}/node.py",
-     "if o is not None and untaken and (o.op, o.primary, o.clean) == (op, primary, clean):", "if o is not None and untaken:", "tests/core"),
+     "if o is not None and untaken and (o.op, o.primary, o.clean, o.slot) == (op, primary, clean, slot):", "if o is not None and untaken:", "tests/core"),
     ("orders: a refused number is used up", f"{CORE}/node.py", "o is not None and not o.refused and f is not None",
      "o is not None and f is not None", "tests/core"),
     ("orders: sent again under their number", f"{CORE}/node.py",

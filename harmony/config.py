@@ -18,6 +18,7 @@ import msgspec
 
 from harmony.core.timing import PRESETS, Timing
 from harmony.errors import ConfigError
+from harmony.records import SLOT_PREFIX, slot_name
 
 _NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
 _HOST = r"^[A-Za-z0-9_.:-]{1,253}\Z"
@@ -28,6 +29,7 @@ _MONITOR = r"^https?://[^\s,/@]+/?\Z"
 _ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
 _LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
 _TEXT_LINE = r"^[^\x00-\x1f]{1,500}\Z"
+_SLOT = r"^[a-z0-9_]{1,63}\Z"
 _UNIT = r"^[A-Za-z0-9:_.@\\-]{1,200}\.service\Z"
 WORDS = {
     _NAME: "1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9",
@@ -39,6 +41,7 @@ WORDS = {
     _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
     _UNIT: "a service's name with .service at its end",
     _TEXT_LINE: "one line of text, 1 to 500 characters",
+    _SLOT: "1 to 63 of a-z 0-9 _",
     _LISTEN: "addresses separated by commas, or *",
 }
 SOCKET_MAX = 107
@@ -55,6 +58,7 @@ Url = Annotated[str, msgspec.Meta(pattern=_URL)]
 MonitorUrl = Annotated[str, msgspec.Meta(pattern=_MONITOR)]
 Option = Annotated[str, msgspec.Meta(pattern=_TEXT_LINE)]
 Unit = Annotated[str, msgspec.Meta(pattern=_UNIT)]
+Plugin = Annotated[str, msgspec.Meta(pattern=_SLOT)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,10 +106,25 @@ class TimingSection(_Section, frozen=True):
     failover_timeout_s: Seconds | None = None
 
 
+class PermanentSlot(_Section, frozen=True):
+    """A replication slot of somebody else's that is on the primary, whoever leads. `database`: logical only."""
+
+    type: Literal["physical", "logical"]
+    database: Role | None = None
+    plugin: Plugin | None = None
+
+
 class Replication(_Section, frozen=True):
     mode: Literal["quorum", "on", "strict", "off"] = "quorum"
     synchronous_count: Annotated[int, msgspec.Meta(ge=1, le=31)] = 1
     maximum_lag_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1_048_576
+    slots: bool = True
+    slot_wal_keep_mb: Annotated[int, msgspec.Meta(ge=0, le=10**8)] = 0
+    permanent_slots: dict[str, PermanentSlot] = msgspec.field(default_factory=dict)
+
+    @property
+    def logical_slots(self) -> bool:
+        return any(slot.type == "logical" for slot in self.permanent_slots.values())
 
 
 class Failover(_Section, frozen=True):
@@ -253,6 +272,9 @@ def _section(kind: type[_Section], raw: object, problems: list[str], place: str)
         if key not in fields:
             problems.append(f"{place}.{key}: unknown key{_hint(key, list(fields))}")
             continue
+        if key == "permanent_slots":
+            good[key] = _permanent_slots(value, problems, f"{place}.{key}")
+            continue
         converted, wrong = _value(fields[key].type, key, value)
         if wrong is None:
             good[key] = converted
@@ -264,6 +286,30 @@ def _section(kind: type[_Section], raw: object, problems: list[str], place: str)
         if f.required and f.name not in raw
     )
     return good
+
+
+def _permanent_slots(raw: object, problems: list[str], place: str) -> dict[str, dict[str, object]]:
+    """Each slot by its name, checked like a section of its own."""
+    if not isinstance(raw, dict):
+        problems.append(f"{place}: must be a table; begin each slot with [{place}.NAME]")
+        return {}
+    found: dict[str, dict[str, object]] = {}
+    for name, value in raw.items():
+        if not re.match(_SLOT, name):
+            problems.append(f"{place}.{name}: the name is not allowed; must be {WORDS[_SLOT]}")
+        if name.startswith(SLOT_PREFIX):
+            problems.append(f"{place}.{name}: names that begin with {SLOT_PREFIX} are the members' own slots")
+        found[name] = slot = _section(PermanentSlot, value, problems, f"{place}.{name}")
+        for key in ("database", "plugin"):
+            if slot.get("type") == "logical" and key not in slot and key not in value:
+                problems.append(
+                    f"{place}.{name}.{key}: missing; a logical slot is of one database and one plugin"
+                )
+            if slot.get("type") == "physical" and key in slot:
+                problems.append(f"{place}.{name}.{key}: a physical slot has none; delete it")
+    if len(raw) > 32:
+        problems.append(f"{place}: {len(raw)} slots; at most 32")
+    return found
 
 
 def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[str]) -> None:
@@ -290,6 +336,11 @@ def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[
             )
             continue
         section, field = kinds[variable]
+        if field.name == "permanent_slots":
+            problems.append(
+                f"environment: {variable}: tables are for the file: [replication.permanent_slots.NAME]"
+            )
+            continue
         given: object = [part.strip() for part in text.split(",")] if field.name.endswith("urls") else text
         value, wrong = _value(field.type, field.name, given, strict=False)
         table = raw.setdefault(section, {})
@@ -417,6 +468,16 @@ def _together(
                 f"replication.synchronous_count: {count} must be below the number of members "
                 f'({len(members)}); lower it, add members, or set mode = "off"'
             )
+    of_slot: dict[str, str] = {}
+    for name in members:
+        other = of_slot.setdefault(slot_name(name), name)
+        if other != name and replication.get("slots", True):
+            problems.append(
+                f"members.{name}: its replication slot would have the name of that of {other} "
+                f"({slot_name(name)}: - becomes _); rename one of the two, or set replication.slots = false"
+            )
+    if replication.get("permanent_slots") and not replication.get("slots", True):
+        problems.append("replication.permanent_slots: needs replication.slots = true; drop one of the two")
     seen: dict[tuple[object, object], str] = {}
     for name, m in members.items():
         if "host" in m:

@@ -89,6 +89,18 @@ TEXT: dict[str, tuple[str, str]] = {
         "mode off: largest lag of a candidate",
         "higher: more may be lost; lower: a failover may find no candidate",
     ),
+    "replication.slots": (
+        "a replication slot for each member on every member, so that no WAL is recycled that it still needs",
+        "false: no slots are made and primary_slot_name is left alone; who was away for long is copied anew",
+    ),
+    "replication.slot_wal_keep_mb": (
+        "MB of WAL that a slot may hold back (max_slot_wal_keep_size); 0: a tenth of the disk that pg_wal is on",
+        "higher: who was away for longer need not be copied, more disk; postgresql.conf's own value goes first",
+    ),
+    "replication.permanent_slots": (
+        "slots of others, on every primary: tables with type, if logical database and plugin (docs/slots.md)",
+        "one whose owner is gone holds WAL back up to the bound; logical ones need PostgreSQL 17",
+    ),
     "failover.failback": (
         "automatic: leadership goes back to the preferred primary by a hand-over; off: it stays where it is",
         "automatic: one short outage more after each failover",
@@ -208,8 +220,8 @@ TEXT: dict[str, tuple[str, str]] = {
     ),
     "postgresql.socket_dir": ("folder of PostgreSQL's Unix socket", "the agent's probe connects there"),
     "postgresql.db_user": (
-        "role of the probe, with pg_monitor",
-        "more rights than pg_monitor are never needed",
+        "role of the probe, with pg_monitor, and of the slots, with REPLICATION",
+        "without REPLICATION no slots are made, and harmonyctl status says so",
     ),
     "postgresql.db_name": ("database of the probe", "must exist and let db_user in"),
     "postgresql.replication_user": (
@@ -293,6 +305,8 @@ def _range(t: msgspec.inspect.Type) -> str:
             return f"above {gt:g}, to {le:g}"
         case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
             return f"{low or 0} to {high} of: {_range(item)}"
+        case msgspec.inspect.DictType():
+            return "0 to 32 tables"
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return WORDS[pattern]
         case _:
@@ -323,12 +337,14 @@ def example() -> str:
         name = f"{p.section}.{p.key}"
         value = _FILL.get(name, p.default)
         text = " ".join(tomli_w.dumps({p.key: value}).split()) if value is not None else f"{p.key} = ..."
+        if isinstance(value, dict):  # a table of tables: at the end of the section's other keys
+            text = f'[{name}.NAME]\ntype = "physical"'
         lines += [text if p.required or name in _FILL else f"# {text}".replace("\n", "\n# "), ""]
     return "\n".join(lines)
 
 
 def _default(value: object) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "none"
     text = (
         " ".join(tomli_w.dumps({"x": value}).removeprefix("x = ").split())

@@ -15,6 +15,8 @@ CLUSTER_STATE = "cluster_state"
 CONTROL = "control"
 MEMBER_PREFIX = "member."
 
+SLOT_PREFIX = "harmony_member_"  # of the names of the members' own replication slots: nobody else's
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -103,6 +105,15 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
     sick: str = ""  # why its PostgreSQL should not lead, though it lives
     note: str = ""  # what people should know of its PostgreSQL's health, and nothing is done about
+    # the replication slots here that Harmony keeps, with the byte position from which each holds WAL; null: not known
+    slots: dict[str, int] | None = None
+    limits: dict[str, int] = {}  # settings of which a standby must not have less than its primary
+    notes: tuple[str, ...] = ()  # what is wrong with settings and slots here, with what to do
+
+
+def slot_name(node: str) -> str:
+    """The replication slot of a member, on every other member. The fencer has the same rule."""
+    return SLOT_PREFIX + node.replace("-", "_")
 
 
 _cluster: msgspec.json.Decoder[ClusterState] = msgspec.json.Decoder(ClusterState)

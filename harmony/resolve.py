@@ -16,6 +16,8 @@ import msgspec
 from harmony.config import Config
 from harmony.errors import ConfigError
 
+LOGICAL_SLOTS_FROM = 17  # failover slots
+
 
 def _user(name: str | None, place: str, problems: list[str]) -> tuple[int, int]:
     if name is None:
@@ -143,6 +145,12 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             for program in ("postgres", "pg_ctl", "pg_controldata")
             if not (Path(bin_dir) / program).exists()
         )
+    major = _major(p.data_dir)
+    if c.replication.logical_slots and major.isdecimal() and int(major) < LOGICAL_SLOTS_FROM:
+        problems.append(
+            f"replication.permanent_slots: logical ones survive a failover from PostgreSQL {LOGICAL_SLOTS_FROM} on, "
+            f"this is {major}: take them out and make them by hand after each failover, or upgrade"
+        )
     if problems:
         raise ConfigError(problems)
     return {
@@ -197,6 +205,11 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
                 "keep_old": c.rejoin.keep_old,
                 "keep_old_mb": c.rejoin.keep_old_mb,
                 "keep_free_mb": c.rejoin.keep_free_mb,
+            },
+            "slots": {
+                "own": c.replication.slots,
+                "keep_mb": c.replication.slot_wal_keep_mb,
+                "synced": c.replication.logical_slots,
             },
         },
         "agent": msgspec.to_builtins(c),

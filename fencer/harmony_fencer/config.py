@@ -45,6 +45,14 @@ class BootstrapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sql: str = ""
 
 
+class SlotsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Replication slots. `keep_mb`: WAL that a slot may hold back; 0: a tenth of the disk."""
+
+    own: bool = False  # stream through a slot of this node, where an order says that it is there
+    keep_mb: int = 0
+    synced: bool = False  # have PostgreSQL 17 and newer copy the primary's logical failover slots
+
+
 class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Paths absolute, times in seconds."""
 
@@ -79,6 +87,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     synchronous: bool = False  # commits may have to wait for standbys here
     rejoin: RejoinConfig = RejoinConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    slots: SlotsConfig = SlotsConfig()
 
     @property
     def lease_ns(self) -> int:

@@ -49,7 +49,9 @@ class Rejoining(Protocol):
     async def check(self, primary: str, system_identifier: str, *, clone: bool) -> str:
         """Before anything is stopped: "", or why only a copy helps. Raises PostgresError: neither does."""
 
-    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+    async def run(
+        self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str, slot: bool
+    ) -> str:
         """Of what is stopped: make it a standby of `primary` and start it. Raises PostgresError, OSError."""
 
 
@@ -112,10 +114,12 @@ class Engine(Protocol):
     async def found(self, testimony: bytes) -> None:
         """Make a new cluster, where nothing is and the configuration says so. Raises PostgresError, OSError."""
 
-    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
+    async def configure(
+        self, primary: str | None, sync: SyncRule | None, testimony: bytes, *, slot: bool = False
+    ) -> None:
         """Write what Harmony owns, and the witness beside it. Raises PostgresError, OSError.
 
-        `sync` None: whatever it commits waits, for ever; of a standby.
+        `sync` None: whatever it commits waits, for ever; of a standby. `slot`: the primary has one for this node.
         """
 
     async def start(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harmony_fencer import durable
 from harmony_fencer.durable import read_small
+from harmony_fencer.programs import PostgresError
 
 _EXCHANGE, _HERE = 2, -100  # renameat2(2): RENAME_EXCHANGE, AT_FDCWD
 _KEPT = re.compile(r".*\.(conf|crt|key|pem|crl)\Z")
@@ -69,6 +70,19 @@ def exchange(a: Path, b: Path) -> None:
             hint = ": this file system cannot exchange two directories (ext4, xfs, btrfs, zfs 2.2 can)"
         raise OSError(number, f"{os.strerror(number)}{hint}", f"{a} <-> {b}")
     durable.REAL.sync_folder(a.parent)
+
+
+def must_fit(folder: Path, keep_free_mb: int, total_kb: int, done_kb: int) -> None:
+    """Raises PostgresError where the rest of a copy leaves less room than that."""
+    found = os.statvfs(folder)
+    free_kb = found.f_bavail * found.f_frsize // 1024
+    wanted_kb = total_kb - done_kb + keep_free_mb * 1024
+    if free_kb < wanted_kb:
+        raise PostgresError(
+            f"the disk is too small for a copy: {folder} has {free_kb // 1024} MB free, {wanted_kb // 1024} MB are "
+            f"needed ({total_kb // 1024} MB of data, rejoin.keep_free_mb {keep_free_mb}): make room; the old directory "
+            "is as it was"
+        )
 
 
 def size(place: Path) -> int:

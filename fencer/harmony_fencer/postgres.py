@@ -210,31 +210,23 @@ class Postgres:
 
         await self.files.change(mark)
 
-    def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None:
+    def settle(
+        self, change: Change, primary: str | None, testimony: bytes, where: Path, *, slot: bool = False
+    ) -> None:
         """What configure() does, of a standby that stands at `where` for now."""
         # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
         timeline = "latest" if primary is not None else "current"
-        self._configure(change, primary, None, testimony, where, timeline)
+        source = settings.Source(primary, slot, timeline)
+        self._configure(change, source, None, testimony, where)
 
     def _configure(
-        self,
-        change: Change,
-        primary: str | None,
-        sync: SyncRule | None,
-        testimony: bytes,
-        where: Path,
-        timeline: str = "latest",
+        self, change: Change, source: settings.Source, sync: SyncRule | None, testimony: bytes, where: Path
     ) -> None:
-        for path, content, mode in self._wanted(primary, sync, testimony, where, timeline):
+        for path, content, mode in self._wanted(source, sync, testimony, where):
             change.write(path, content, mode=mode)
 
     def _wanted(
-        self,
-        primary: str | None,
-        sync: SyncRule | None,
-        testimony: bytes,
-        where: Path,
-        timeline: str = "latest",
+        self, source: settings.Source, sync: SyncRule | None, testimony: bytes, where: Path
     ) -> list[tuple[Path, bytes, int]]:
         """The files of a configuration, with their modes. Raises PostgresError: it would not be read, or overridden."""
         user = Path(self._c.config_file)
@@ -263,7 +255,7 @@ class Postgres:
             if found is not None:
                 files.append((found[0], found[1].encode(), 0o644))
         for each in {settings.CONF, name}:
-            text = settings.render(self._c, primary, sync, timeline, name=each)
+            text = settings.render(self._c, source, sync, where, name=each)
             files.append((where / each, text.encode(), 0o600))
         return files
 
@@ -282,15 +274,18 @@ class Postgres:
                 f"no primary runs in {self.data}: adopt it where it runs; a standby is taken over by itself"
             )
         try:
-            self._wanted(None, None, b"", self.data)
+            self._wanted(settings.Source(None), None, b"", self.data)
         except (PostgresError, OSError) as e:
             return str(e)
         return ""
 
-    async def configure(self, primary: str | None, sync: SyncRule | None, testimony: bytes) -> None:
+    async def configure(
+        self, primary: str | None, sync: SyncRule | None, testimony: bytes, *, slot: bool = False
+    ) -> None:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
-        await self.files.change(lambda change: self._configure(change, primary, sync, testimony, self.data))
+        source = settings.Source(primary, slot)
+        await self.files.change(lambda change: self._configure(change, source, sync, testimony, self.data))
 
     async def found(self, testimony: bytes) -> None:
         if self.rejoin.empty in FOUNDS:

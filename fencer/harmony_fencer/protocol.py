@@ -92,6 +92,7 @@ class Follow(_Request, frozen=True, tag="follow", kw_only=True):
 
     generation: Generation
     primary: NodeName | None
+    slot: bool = False
 
 
 class Rejoin(_Request, frozen=True, tag="rejoin", kw_only=True):
@@ -102,6 +103,7 @@ class Rejoin(_Request, frozen=True, tag="rejoin", kw_only=True):
     primary: NodeName
     system_identifier: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,20}\Z")]
     clone: bool = False
+    slot: bool = False
 
 
 class Renew(_Request, frozen=True, tag="renew", kw_only=True):

@@ -32,6 +32,7 @@ NOT_THE_DATA = (  # why PostgreSQL does not start here, and a copy would not eit
     "shared memory",
 )
 NOT_LET_IN = {  # why the primary does not let its WAL be streamed, and what to do there
+    "harmony_member_": "the primary's agent makes this slot; where it cannot, `harmonyctl status` says why",
     "replication slot": "create the slot on the primary, or take primary_slot_name out of postgresql.conf",
     "password authentication failed": "correct replication.passfile, or the role's password",
     "no password supplied": "put the role's password into replication.passfile",

@@ -16,12 +16,13 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from harmony_fencer import bootstrap, durable, reasons, settings
+from harmony_fencer import bootstrap, durable, places, reasons, settings, wal
 from harmony_fencer.alone import only_one
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.durable import read_small
@@ -57,7 +58,9 @@ class Base(Protocol):
     async def control(self, field: str, data: Path | None = None) -> str: ...
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome: ...
     async def start(self) -> None: ...
-    def settle(self, change: Change, primary: str | None, testimony: bytes, where: Path) -> None: ...
+    def settle(
+        self, change: Change, primary: str | None, testimony: bytes, where: Path, *, slot: bool = False
+    ) -> None: ...
 
 
 class Rejoin:
@@ -69,6 +72,7 @@ class Rejoin:
         self.aside = self.data.with_name(self.data.name + ".harmony-rewind")
         self.new = self.data.with_name(self.data.name + ".harmony-new")
         self._working = ""
+        self._slot = False
         self.cannot_rewind = ""
         ids = config.postgres_ids
         self._ids = (ids.uid, ids.gid) if ids is not None else None
@@ -150,11 +154,15 @@ class Rejoin:
         finally:
             self._working = ""
 
-    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+    async def run(
+        self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str, slot: bool
+    ) -> str:
         """Of what is stopped: rewound or copied, and started as a standby of `primary`. Says what was done.
 
+        `slot`: the primary has one for this node; it keeps the WAL that a copy needs.
         Raises PostgresError, OSError; whatever the end, the next run() takes it up.
         """
+        self._slot = slot and self._c.slots.own
         try:
             if is_mount(self.data):
                 raise PostgresError(
@@ -238,6 +246,8 @@ class Rejoin:
             raise PostgresError(
                 f"this node and {primary} have both led on one timeline: no fork can be found"
             )
+        if not more and wal.broken(self.aside):
+            raise PostgresError(f"{primary} does not have the WAL any more that a rewound one begins with")
         await self._furnish(self.aside, primary, testimony, unproven=False)
         await self._put_in_place(self.aside)
 
@@ -326,22 +336,14 @@ class Rejoin:
             await bootstrap.initdb(self._c, programs, self._base.files, self.new, (fd,))
         else:
             self._working = f"copying from {primary}"
-            watch = self._watch("copying", fits=self._fits)
+            watch = self._watch(
+                "copying", fits=partial(places.must_fit, self.data.parent, self._c.rejoin.keep_free_mb)
+            )
+            slot = ("-S", settings.slot_name(self._c.node)) if self._slot else ()
             await programs.run(
                 "pg_basebackup", "-D", str(self.new), "-d", settings.conninfo(self._c, primary), "-X", "stream",
-                "-c", "fast", "--progress", "--no-password", timeout_s=math.inf, watch=watch, fds=(fd,),
+                "-c", "fast", "--progress", "--no-password", *slot, timeout_s=math.inf, watch=watch, fds=(fd,),
             )  # fmt: skip
-
-    def _fits(self, total_kb: int, done_kb: int) -> None:
-        found = os.statvfs(self.data.parent)
-        free_kb = found.f_bavail * found.f_frsize // 1024
-        wanted_kb = total_kb - done_kb + self._c.rejoin.keep_free_mb * 1024
-        if free_kb < wanted_kb:
-            raise PostgresError(
-                f"the disk is too small for a copy: {self.data.parent} has {free_kb // 1024} MB free, "
-                f"{wanted_kb // 1024} MB are needed ({total_kb // 1024} MB of data, rejoin.keep_free_mb "
-                f"{self._c.rejoin.keep_free_mb}): make room; the old directory is as it was"
-            )
 
     def _watch(self, what: str, fits: Callable[[int, int], None] | None = None) -> Callable[[str], None]:
         def watch(tail: str) -> None:
@@ -419,7 +421,7 @@ class Rejoin:
             for name, content in own_files(self.data):
                 change.write(place / name, content)
             change.write(place / "standby.signal", b"")
-            self._base.settle(change, primary, testimony, place)
+            self._base.settle(change, primary, testimony, place, slot=self._slot)
             if unproven:
                 change.write(place / UNPROVEN, b"")
             change.write(place / WHOLE, b"")

@@ -5,12 +5,16 @@ Run by pg_ctl: data_dir/harmony.postgresql.conf is the config_file; it includes 
 starts PostgreSQL with the user's file, which must include ours at its end; a conf.d folder that it
 includes already (Debian's) gets a file that does so. One that runs since before Harmony, and is to be run by
 pg_ctl, reads the user's file until its next start: this must include ours, too, without the way back
-(harmony.included.conf: the other would include it in turn). Nothing here starts or signals anything.
+(harmony.included.conf: the other would include it in turn). Of max_slot_wal_keep_size the user's value counts,
+where there is one. Nothing here starts or signals anything.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from harmony_fencer.config import FencerConfig
@@ -23,7 +27,26 @@ OWN_ALWAYS = ("primary_conninfo", "synchronous_standby_names")  # whatever their
 OURS = re.compile(rf"^\s*({'|'.join(OWN_ALWAYS)})\s*=", re.MULTILINE)
 _INCLUDE_DIR = re.compile(r"\s*include_dir\s*=?\s*'([^']+)'")
 _INCLUDES = re.compile(r"\s*include(?:_if_exists)?\s*=?\s*'([^']+)'")
+_INCLUDE = re.compile(r"\s*(include|include_if_exists|include_dir)\s*=?\s*'([^']+)'")
+_KEEP = "max_slot_wal_keep_size"
+_DEEPEST = 10  # files that include files; PostgreSQL's own limit
+_LEAST_MB, _UNKNOWN_MB, _DISK_SHARE = 64, 1024, 10
+_SYNCS_SLOTS = 17  # the first version that copies logical slots to standbys
 _SETTING = re.compile(r"\s*(\w+)(?:\s*=\s*|\s+)('(?:[^']|'')*'|[^\s#']+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Whom a standby follows; `slot`: through its own slot there."""
+
+    primary: str | None
+    slot: bool = False
+    timeline: str = "latest"
+
+
+def slot_name(node: str) -> str:
+    """The replication slot of a member, on every other member: the agents make it (harmony/core/slots.py)."""
+    return "harmony_member_" + node.replace("-", "_")
 
 
 def quote(value: str) -> str:
@@ -81,16 +104,63 @@ def names(c: FencerConfig, sync: SyncRule | None) -> str:
     return f"ANY {sync.count} ({', '.join(chr(34) + v + chr(34) for v in sync.voters)})"
 
 
-def render(
-    c: FencerConfig, primary: str | None, sync: SyncRule | None, timeline: str = "latest", *, name: str = CONF
-) -> str:
-    """The whole file of that name."""
-    source = conninfo(c, primary) if primary is not None else ""
-    settings = {**_same_always(c), "primary_conninfo": source, "synchronous_standby_names": names(c, sync)}
-    settings["recovery_target_timeline"] = timeline
+def _keep_mb(c: FencerConfig, data: Path) -> int:
+    """The most WAL that a slot may hold back, in MB: as configured, else a tenth of the disk that pg_wal is on."""
+    if c.slots.keep_mb:
+        return c.slots.keep_mb
+    try:
+        disk = os.statvfs(data / "pg_wal")
+    except OSError:
+        return _UNKNOWN_MB  # some bound is better than none, and than no order carried out
+    return max(_LEAST_MB, disk.f_blocks * disk.f_frsize // 2**20 // _DISK_SHARE)
+
+
+def _texts(file: Path, depth: int = 0) -> Iterator[str]:
+    """The lines of a configuration file and of what it includes; what cannot be read is PostgreSQL's to refuse."""
+    try:
+        lines = file.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        yield line
+        found = _INCLUDE.match(line)
+        if found is None or depth >= _DEEPEST:
+            continue
+        place = file.parent / found.group(2)
+        inner = sorted(place.glob("*.conf")) if found.group(1) == "include_dir" else [place]
+        for one in inner:
+            if one.name not in {CONF, INCLUDED, DROP_IN}:
+                yield from _texts(one, depth + 1)
+
+
+def _user_sets(c: FencerConfig, key: str) -> bool:
+    settings = (_SETTING.match(line) for line in _texts(Path(c.config_file)))
+    return any(found is not None and found.group(1).lower() == key for found in settings)
+
+
+def _of_slots(c: FencerConfig, source: Source, data: Path) -> dict[str, str]:
+    if not c.slots.own:
+        return {}
+    settings = {"primary_slot_name": slot_name(c.node) if source.primary is not None and source.slot else ""}
+    version = (data / "PG_VERSION").read_text().strip()
+    if c.slots.synced and int(version.split(".")[0]) >= _SYNCS_SLOTS:
+        settings |= {"sync_replication_slots": "on", "hot_standby_feedback": "on"}
+    return settings
+
+
+def render(c: FencerConfig, source: Source, sync: SyncRule | None, data: Path, *, name: str = CONF) -> str:
+    """The whole file of that name, for the data directory `data`."""
+    reach = conninfo(c, source.primary) if source.primary is not None else ""
+    of_slots = _of_slots(c, source, data)
+    if reach and "sync_replication_slots" in of_slots:
+        reach += " dbname='postgres'"  # PostgreSQL's slot sync worker asks there; a walreceiver does not look at it
+    settings = {**_same_always(c), "primary_conninfo": reach, "synchronous_standby_names": names(c, sync)}
+    settings |= {"recovery_target_timeline": source.timeline, **of_slots}
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]
+    if c.slots.own and not _user_sets(c, _KEEP):
+        lines.append(f"{_KEEP} = {quote(f'{_keep_mb(c, data)}MB')}")
     if c.run == "pg_ctl" and name == CONF:
         lines.append(f"include {quote(c.config_file)}")
     lines += [f"{key} = {quote(value)}" for key, value in settings.items()]

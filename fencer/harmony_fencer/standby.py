@@ -54,7 +54,7 @@ class Standby:
             await self._stop(clean_until_ns)
         running = self._engine.postmaster() is not None
         self._watchdog.disarm()
-        await self._engine.configure(request.primary, None, ledger.testimony())
+        await self._engine.configure(request.primary, None, ledger.testimony(), slot=request.slot)
         await (self._engine.reload() if running else self._engine.start())
 
     async def _rejoin(self, request: Rejoin, ledger: Ledger, clean_until_ns: int) -> str:
@@ -68,7 +68,8 @@ class Standby:
                 unhurried_ns = self._clock.now_ns() + round(self._c.start_timeout_s * NS)
                 await self._stop_for_good(clean_until_ns if self._owner.could_write else unhurried_ns)
             self._watchdog.disarm()
-            return await engine.rejoin.run(*source, ledger.testimony(), why_clone=why_clone)
+            testimony, slot = ledger.testimony(), request.slot
+            return await engine.rejoin.run(*source, testimony, why_clone=why_clone, slot=slot)
         finally:
             self.rejoining = False
 

@@ -113,13 +113,14 @@ class FencerLink:
                 timeline=o.timeline,
             )
         elif o.op == "follow":
-            request = protocol.Follow(generation=generation, primary=o.primary)
+            request = protocol.Follow(generation=generation, primary=o.primary, slot=o.slot)
         elif o.op == "rejoin":
             request = protocol.Rejoin(
                 generation=generation,
                 primary=o.primary or "",
                 system_identifier=o.system_identifier,
                 clone=o.clone,
+                slot=o.slot,
             )
         else:
             request = protocol.Fence(generation=generation, reason=o.reason, clean=o.clean)

@@ -21,10 +21,12 @@ import structlog
 import trio
 
 from harmony.agent.health import Health
+from harmony.agent.keeper import Keeper
 from harmony.agent.memory import Memory, load
 from harmony.agent.probe import Probe, Target
 from harmony.agent.serve import bind, serve
 from harmony.agent.shell import Shell, World
+from harmony.agent.slots import Wanted
 from harmony.config import Config
 from harmony.core.messages import Event, Marks, Remembered, Retiring
 from harmony.core.view import Identity, Policy
@@ -147,6 +149,18 @@ def identity(config: Config) -> Identity:
     )
 
 
+def wanted(config: Config) -> Wanted:
+    """The slots and settings that the configuration asks for."""
+    r = config.replication
+    return Wanted(
+        node=config.node.name,
+        members=tuple(sorted(config.members)),
+        slots=r.slots,
+        permanent=r.permanent_slots,
+        synchronous=r.mode != "off",
+    )
+
+
 async def run(config: Config, supervisor_fd: int | None) -> None:
     """Run the agent until it has retired, the supervisor's death, or an error."""
     run_dir, folder = Path(config.node.run_dir), Path(config.node.state_dir) / "agent"
@@ -162,6 +176,7 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
         write_probe=sickness.write_probe,
         disk_free_mb=sickness.disk_free_mb,
     )
+    keeper = Keeper(target, wanted(config))
     supervision = Supervision(supervisor_fd)
     s = config.store
     with trio.fail_after(MEMORY_S):  # before the store is touched: whether it lost anything is judged by this
@@ -179,7 +194,8 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
         trio.open_nursery() as nursery,
     ):
         memory = Memory(folder, config.cluster.id)
-        world = World(store, probe, health, memory, remembered, str(run_dir / "fencer.sock"), supervision.say)
+        fencer = str(run_dir / "fencer.sock")
+        world = World(store, probe, health, keeper.survey, memory, remembered, fencer, supervision.say)
         shell = Shell(config, identity(config), world)
         listener = bind(run_dir / "agent" / "agent.sock")
 

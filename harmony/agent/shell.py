@@ -7,7 +7,7 @@ An exception in any task ends the agent (O2): the supervisor restarts it, the fe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +20,7 @@ from harmony.agent.link import FencerLink
 from harmony.agent.memory import Memory
 from harmony.agent.probe import Probe
 from harmony.config import Config
+from harmony.core import slots
 from harmony.core.messages import (
     Accepted,
     Checkpoint,
@@ -43,12 +44,14 @@ from harmony.core.messages import (
     Renew,
     Stop,
     StoreSeen,
+    Surveyed,
     TellRule,
     Write,
     WriteDone,
 )
 from harmony.core.node import initial, step
 from harmony.core.observe import stale, stopped
+from harmony.core.slots import Duty
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.timing import NS, Timing
 from harmony.core.view import Identity, View, alive, distrust
@@ -65,6 +68,7 @@ from harmony.records import (
 from harmony.store.interface import Entry, Store, StoreFacts
 
 TICK_S = 0.05
+SURVEY_PAUSE_S = 0.5
 MAX_EVENTS = 4096
 CHECKPOINT_S = 600.0  # a hand-over waits no longer for it, and goes on
 log = structlog.get_logger("agent")
@@ -82,6 +86,7 @@ class World:
     store: Store
     probe: Probe
     health: Health
+    survey: Callable[[Duty | None], Awaitable[Surveyed | None]]
     memory: Memory
     remembered: Remembered
     fencer_socket: str
@@ -98,6 +103,7 @@ class Shell:
         self._store = world.store
         self._probe = world.probe
         self._health = world.health
+        self._survey = world.survey
         self._memory = world.memory
         self._damage = world.remembered.damage
         self._say = world.say
@@ -126,6 +132,7 @@ class Shell:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._link.run)
                 nursery.start_soon(self._probing)
+                nursery.start_soon(self._surveying)
                 await self._deciding(nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -171,6 +178,25 @@ class Shell:
         why = await self._probe.nudge(self._timing.lease_s)
         if why:
             log.warning("no commit of our own could be begun to see it wait", why=why)
+
+    async def _surveying(self) -> None:
+        """Settings and slots: every slots.BEATS, and when who leads, who is there or what was ordered has changed."""
+        last: object = None
+        due_s = 0.0
+        while True:
+            v = self._view
+            duty = slots.duty(v, self._me, self._timing, boot_ns())
+            order = (v.order.generation, v.order.done_ns > 0) if v.order is not None else None
+            what = (duty.role, duty.primary, duty.heard) if duty is not None else None
+            if v.db is not None and ((what, order) != last or trio.current_time() >= due_s):
+                last, due_s = (
+                    (what, order),
+                    trio.current_time() + slots.BEATS * self._timing.heartbeat_interval_s,
+                )
+                found = await self._survey(duty)
+                if found is not None:
+                    self.post(found)
+            await trio.sleep(SURVEY_PAUSE_S)
 
     async def _checkpoint(self) -> None:
         started = boot_ns()

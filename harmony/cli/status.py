@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harmony.admin import MAX_LINE_BYTES, NodeView, StatusReply
+from harmony.agent.settings import ALARM
 from harmony.cli.where import find_run_dir
 from harmony.core.states import WRITABLE_STATES
 from harmony.errors import FencerUnavailable
@@ -53,7 +54,15 @@ def health(s: StatusReply) -> tuple[int, list[str]]:
             alarms.append(f"{n.name} DISTRUSTS the store: {n.member.distrust}")
     if me.stopped:
         alarms.append(me.stopped)
+    alarms += [note for note in notes(s) if ALARM in note]
     return (DEGRADED if alarms and code == HEALTHY else code), reasons + alarms
+
+
+def notes(s: StatusReply) -> list[str]:
+    """What each live member says of its settings and slots."""
+    return [
+        f"{n.name}: {note}" for n in s.nodes if n.alive and n.member is not None for note in n.member.notes
+    ]
 
 
 def _leadership(s: StatusReply) -> tuple[int, list[str]]:
@@ -160,7 +169,7 @@ def show(s: StatusReply, code: int, reasons: list[str]) -> None:
     for n in s.nodes:
         table.add_row(*_row(s, n))
     console.print(table)
-    for reason in reasons:
+    for reason in (*reasons, *(note for note in notes(s) if note not in reasons)):
         console.print(f"- {reason}")
     me = s.myself
     console.print(f"{me.node} decides: {me.state} [{me.row}] {me.why}")

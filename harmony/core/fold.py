@@ -30,13 +30,14 @@ from harmony.core.messages import (
     Retiring,
     RuleRefused,
     StoreSeen,
+    Surveyed,
     WriteDone,
 )
 from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.sync import Rule
 from harmony.core.timing import Timing
-from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine
+from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine, rejoining
 from harmony.records import CLUSTER_STATE
 
 LASTING = 10  # answers in a row that say `streaming`: it has come back for good
@@ -90,6 +91,9 @@ def fold(v: View, e: Event, me: Identity, t: Timing, now_ns: int) -> View:
             return v
         case HealthSeen():
             return sickness.looked(v, e, me, now_ns)
+        case Surveyed():
+            remade = v.order is not None and v.order.op == "rejoin" and e.asked_ns < v.order.done_ns
+            return v if remade or rejoining(v) else replace(v, survey=e)
         case FencerSeen(view=f):
             return _rejoin_seen(_fencer_seen(v, f, me, now_ns), f, now_ns)
         case FencerSilent(reason=reason):
@@ -143,6 +147,8 @@ def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
     if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
         before = v.db is not None and v.db.db == "standby"
         v = replace(v, order=replace(o, done_ns=now_ns), db=None if before else v.db)
+        if o.op == "rejoin":
+            v = replace(v, survey=None)  # neither pg_rewind nor a copy leaves a slot
     if not f.postgres_up:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven

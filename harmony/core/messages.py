@@ -5,6 +5,7 @@ All times are CLOCK_BOOTTIME nanoseconds of this host, but `stamp_ns`, which is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,6 +210,17 @@ class HealthSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What the agent's slot keeper has found in the database, and done there. `asked_ns` is before it began."""
+
+    asked_ns: int
+    slots: Mapping[str, int]  # that Harmony keeps here, each with the byte position from which it holds WAL
+    streams_by: str  # primary_slot_name, as PostgreSQL has it
+    limits: Mapping[str, int]  # settings of which a standby must not have less than its primary
+    notes: tuple[str, ...]  # what is wrong, with what to do
+
+
+@dataclass(frozen=True, slots=True)
 class FencerSeen:
     """The fencer's newest status."""
 
@@ -260,6 +272,7 @@ Event = (
     | DbSeen
     | DbSilent
     | HealthSeen
+    | Surveyed
     | FencerSeen
     | FencerSilent
     | OrderRefused
@@ -310,6 +323,7 @@ class Order(msgspec.Struct, frozen=True):
     clean: bool = False  # of a fence: shut down cleanly while the lease lasts
     system_identifier: str = ""  # of a rejoin: the cluster's
     clone: bool = False  # of a rejoin: copy anew at once
+    slot: bool = False  # of a follow or rejoin: the primary has a replication slot for this node
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from harmony.core import register, ruling, sickness
+from harmony.core import register, ruling, sickness, slots
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
     Checkpoint,
@@ -184,8 +184,10 @@ def _act(
         case "fence" | "demote" | "activate" | "follow" | "rejoin":
             op, clean = "fence" if action == "demote" else action, action == "demote"
             primary = target(v, me) if action in {"follow", "rejoin"} else None
-            sent = SentOrder(_generation(v, op, primary, clean=clean), op, now_ns, "", primary, clean)
-            order = Order(op, sent.generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean)
+            slot = primary is not None and slots.there(v, me)
+            generation = _generation(v, op, primary, clean=clean, slot=slot)
+            sent = SentOrder(generation, op, now_ns, "", primary, clean, slot)
+            order = Order(op, generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean, slot=slot)
             if action == "follow":
                 v = replace(v, follows=v.follows + 1)
             if action == "rejoin" and v.cluster is not None:
@@ -206,7 +208,7 @@ def _act(
             return replace(v, order=sent, db=None, sick=Sickness(), note="")
 
 
-def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool) -> Gen:
+def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool, slot: bool) -> Gen:
     """The number of an order: the next one, or that of the same order which the fencer has not taken yet.
 
     With a higher number each time, a fencer whose disk is slow to keep what it accepts would always be one
@@ -218,7 +220,7 @@ def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool) -> Ge
         return (cluster_term, 1)
     o, f = v.order, v.fencer
     untaken = o is not None and not o.refused and f is not None and f.highest < o.generation
-    if o is not None and untaken and (o.op, o.primary, o.clean) == (op, primary, clean):
+    if o is not None and untaken and (o.op, o.primary, o.clean, o.slot) == (op, primary, clean, slot):
         return o.generation
     return (term, order + 1)
 
@@ -404,4 +406,7 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         barred=barred(v, me, t, now_ns) != "",
         sick=sickness.verdict(v, me, now_ns),
         note=v.note,
+        slots=dict(v.survey.slots) if v.survey is not None else None,
+        limits=dict(v.survey.limits) if v.survey is not None else {},
+        notes=v.survey.notes if v.survey is not None else (),
     )

@@ -5,7 +5,7 @@ The two-clock rule, the fate of an order, who may take over and whether leadersh
 
 from __future__ import annotations
 
-from harmony.core import candidate, rejoin, sickness
+from harmony.core import candidate, rejoin, sickness, slots
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.table import Observation, Order
 from harmony.core.timing import Timing
@@ -397,6 +397,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and f.active is None
         and f.highest >= highest(v),
         restart_here=v.restart,
+        other_slot=slots.change(v, me, t, now_ns),
     )
 
 

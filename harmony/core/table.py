@@ -90,6 +90,7 @@ class Observation:
     heir: bool = False  # a live standby that is allowed to take over, certainly, once the place is vacant
     spent: bool = False  # what a fence has left of PostgreSQL runs no more, though it is not gone
     restart_here: bool = False  # PostgreSQL died, and is to be restarted in place
+    other_slot: bool = False  # PostgreSQL should stream through its slot and does not, or cannot and tries to
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +415,7 @@ TABLE: tuple[Row, ...] = (
     _row(714, S.WATCHING, "not following the right node", lambda o: not o.following_right and o.fencer_known and _no_order(o), S.WATCHING, "PostgreSQL is not the standby it should be: ordering it", "follow", detail=_order_why),
     _row(715, S.WATCHING, "follow failed, pause", lambda o: o.fencer_known and not o.stale and _waits(o), S.WATCHING, "PostgreSQL is not the standby it should be, which is tried again:", detail=_order_why),
     _row(716, S.WATCHING, "follow done, yet not right", lambda o: not o.following_right and o.fencer_known and o.order == "done" and o.may_order and o.may_follow, S.WATCHING, "PostgreSQL is not the standby it should be: ordering it again", "follow"),
+    _row(717, S.WATCHING, "slot there, or gone", lambda o: o.other_slot and o.leads == "other" and not o.stale and not o.distrust and o.following_right and o.order != "running", S.WATCHING, "the primary's slots for this node have changed: ordering to follow it with what is there", "follow"),
     _row(718, S.WATCHING, "vacancy or stale, not eligible", lambda o: o.leads == "vacant" or o.stale, S.WATCHING, "no primary, but this node may not promote:", detail=lambda o: o.eligible_why),
     _row(719, S.WATCHING, "last rejoin came to nothing", lambda o: o.rejoin_why != "" and o.following_right and not o.distrust, S.WATCHING, "runs, and the last rejoin came to nothing, which is tried again:", detail=lambda o: o.rejoin_why),
     _row(720, S.WATCHING, "store distrusted", lambda o: o.distrust != "", S.WATCHING, "ALARM:", detail=lambda o: o.distrust),

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from harmony.core.messages import DbSeen, FencerView, Gen, Marks, OrderOp, Symptom
+from harmony.core.messages import DbSeen, FencerView, Gen, Marks, OrderOp, Surveyed, Symptom
 from harmony.core.register import Register
 from harmony.core.states import State
 from harmony.core.sync import Mode, Rule, Ruling
@@ -103,6 +103,7 @@ class SentOrder(msgspec.Struct, frozen=True):
     refused: str = ""
     primary: str | None = None
     clean: bool = False
+    slot: bool = False
     done_ns: int = 0  # when the fencer was first seen to have carried it out
 
 
@@ -194,6 +195,7 @@ class View(msgspec.Struct, frozen=True):
     db: DbSeen | None = None
     db_ns: int = 0
     order: SentOrder | None = None
+    survey: Surveyed | None = None  # None: not yet, or the data directory was made anew since
     # whether PostgreSQL follows, as a standby, whom it was told to
     streams: int = 0  # so many answers in a row have said that it streams
     unstreamed_ns: int = 0  # since when it has not; 0: it streams, or has not said

@@ -245,7 +245,8 @@ class Cluster:
             )
 
     def streaming(self) -> tuple[str, int, bool] | None:
-        """(primary, standbys that stream, whether commits wait for one); None when nobody accepts writes."""
+        """(primary, standbys that stream, whether it is recorded that commits wait for one, so that another may take
+        over); None when nobody accepts writes."""
         for name in self.nodes:
             try:
                 with psycopg.connect(
@@ -253,13 +254,14 @@ class Cluster:
                 ) as connection:
                     row = connection.execute(
                         "SELECT pg_is_in_recovery(), current_setting('transaction_read_only'),"
-                        " (SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'),"
-                        " current_setting('synchronous_standby_names')"
+                        " (SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming')"
                     ).fetchone()
             except psycopg.Error:
                 continue
             if row is not None and row[0] is False and row[1] == "off":
-                return name, int(row[2]), bool(row[3])
+                reply = ask_status(self.nodes[name].admin_socket)
+                c = reply.cluster if reply is not None else None
+                return name, int(row[2]), c is not None and c.sync_count > 0
         return None
 
     def _wait_until_replicating(self, say: Say) -> None:

@@ -35,7 +35,7 @@ port = {port}
 unix_socket_directories = '{socket_dir}'
 """
 CONTENT = """
-CREATE ROLE harmony LOGIN;
+CREATE ROLE harmony LOGIN REPLICATION;
 GRANT pg_monitor TO harmony;
 DO $$BEGIN
   IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'pg_checkpoint') THEN GRANT pg_checkpoint TO harmony; END IF;

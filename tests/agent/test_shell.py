@@ -21,6 +21,7 @@ from harmony.agent.memory import Memory
 from harmony.agent.shell import Shell, World
 from harmony.config import Config, load
 from harmony.core.messages import DbSeen, DbSilent, HealthSeen, Marks, Remembered, Retiring
+from harmony.core.slots import Duty
 from harmony.records import CLUSTER_STATE, CONTROL, Control, encode
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_commands import CLUSTER
@@ -53,6 +54,10 @@ class SilentProbe:
 class NoHealth:
     async def look(self, asked_ns: int, answer: DbSeen | DbSilent, timeout_s: float) -> HealthSeen:
         return HealthSeen(asked_ns)
+
+
+async def no_survey(duty: Duty | None) -> None:
+    """No database in this test."""
 
 
 @dataclass
@@ -88,7 +93,7 @@ async def running(
     store, kept = MemoryStore(server, "c1"), Memory(tmp_path, "c1")
     found = remembered or memory.load(tmp_path, "c1")
     nowhere = str(tmp_path / "none")
-    world = World(store, SilentProbe(), NoHealth(), kept, found, nowhere, lambda text: None)  # type: ignore[arg-type]
+    world = World(store, SilentProbe(), NoHealth(), no_survey, kept, found, nowhere, lambda text: None)  # type: ignore[arg-type]
     made = Running(Shell(config, identity(config), world), server, store, tmp_path, trio.Event())
 
     async def run() -> None:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from harmony.admin import NodeView, SelfView, Shown, StatusReply, StoreView
 from harmony.cli.fence import able, outlook
 from harmony.cli.main import cli
-from harmony.cli.status import health, lsn
+from harmony.cli.status import health, lsn, notes
 from harmony.cli.where import who
 from harmony.config import load
 from harmony.core.messages import Marks
@@ -121,6 +121,8 @@ STALE = replace(R, cluster_stale=True)
             2,
             "its stream is gone",
         ),
+        (with_node(R, "n2", notes=("ALARM: fsync is off",)), 1, "n2: ALARM: fsync is off"),
+        (with_node(R, "n2", notes=("max_wal_senders is 3",)), 0, None),
     ],
 )
 def test_health(s: StatusReply, code: int, word: str | None) -> None:
@@ -128,6 +130,15 @@ def test_health(s: StatusReply, code: int, word: str | None) -> None:
     found, reasons = health(s)
     assert found == code, reasons
     assert (word is None and not reasons) or (word is not None and word in " ".join(reasons))
+
+
+def test_notes_are_shown() -> None:
+    """What is wrong with settings and slots, of every member that is heard; an alarm once."""
+    said = with_node(
+        with_node(R, "n2", notes=("max_wal_senders is 3",)), "n3", notes=("ALARM: fsync is off",)
+    )
+    assert notes(said) == ["n2: max_wal_senders is 3", "n3: ALARM: fsync is off"]
+    assert notes(with_node(said, "n2", alive=False)) == ["n3: ALARM: fsync is off"]
 
 
 def test_lsn() -> None:

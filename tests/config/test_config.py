@@ -95,6 +95,50 @@ def test_bad_values(tmp_path: Path, change: tuple[str, str], place: str) -> None
     assert place in "\n".join(problems(write(tmp_path, GOOD.replace(*change))))
 
 
+SLOT = "[replication.permanent_slots."
+
+
+@pytest.mark.parametrize(
+    ("slots", "place"),
+    [
+        (
+            f'{SLOT}a]\ntype = "physical"\nplugin = "x"\n',
+            "permanent_slots.a.plugin: a physical slot has none",
+        ),
+        (f'{SLOT}a]\ntype = "logical"\nplugin = "x"\n', "permanent_slots.a.database: missing"),
+        (f'{SLOT}a]\ntype = "logical"\ndatabase = "x"\n', "permanent_slots.a.plugin: missing"),
+        (
+            f'{SLOT}a]\ntype = "logical"\nplugin = "x"\ndatabase = 1\n',
+            "permanent_slots.a.database: 1 is not allowed",
+        ),
+        (f"{SLOT}a]\n", "permanent_slots.a.type: missing"),
+        (f'{SLOT}a]\ntype = "round"\n', "permanent_slots.a.type: 'round' is not allowed"),
+        (f'{SLOT}a]\ntype = "physical"\ncolour = 1\n', "permanent_slots.a.colour: unknown key"),
+        (f'{SLOT}A-b]\ntype = "physical"\n', "must be 1 to 63 of a-z 0-9 _"),
+        (f'{SLOT}harmony_member_x]\ntype = "physical"\n', "are the members' own slots"),
+        ("[replication]\npermanent_slots = 1\n", "permanent_slots: must be a table"),
+        (f'[replication]\nslots = false\n{SLOT}a]\ntype = "physical"\n', "needs replication.slots = true"),
+        (
+            "[members.n-1]\nhost = '10.0.0.4'\n[members.n_1]\nhost = '10.0.0.5'\n",
+            "members.n_1: its replication slot",
+        ),
+    ],
+)
+def test_slots_in_the_configuration(tmp_path: Path, slots: str, place: str) -> None:
+    (found,) = problems(write(tmp_path, GOOD + slots))
+    assert place in found
+
+
+def test_good_slots_in_the_configuration(tmp_path: Path) -> None:
+    text = f'{SLOT}a]\ntype = "physical"\n{SLOT}b]\ntype = "logical"\ndatabase = "d"\nplugin = "p"\n'
+    c = load(write(tmp_path, GOOD + text), {})
+    assert c.replication.permanent_slots["b"].plugin == "p"
+    assert c.replication.logical_slots
+    assert msgspec.json.decode(msgspec.json.encode(c), type=Config) == c
+    found = problems(write(tmp_path, GOOD), {"HARMONY_REPLICATION_PERMANENT_SLOTS": "a"})
+    assert "tables are for the file" in found[0]
+
+
 def test_the_inequality(tmp_path: Path) -> None:
     """C1: refused, naming every number."""
     text = GOOD + "[timing]\npreset = 'fast'\nfailover_timeout_s = 3.5\n"
@@ -172,6 +216,14 @@ def test_resolve(tmp_path: Path) -> None:
     resolved = resolve(load(write(tmp_path, text), {}))
     fencer = msgspec.json.decode(msgspec.json.encode(resolved["fencer"]), type=FencerConfig)
     assert (fencer.lease_s, fencer.port) == (11.0, 5432)
+    assert (fencer.slots.own, fencer.slots.keep_mb, fencer.slots.synced) == (True, 0, False)
+    logical = f'{text}{SLOT}b]\ntype = "logical"\ndatabase = "d"\nplugin = "p"\n'
+    (data / "PG_VERSION").write_text("16\n")
+    with pytest.raises(ConfigError, match=r"from PostgreSQL 17 on, this is 16"):
+        resolve(load(write(tmp_path, logical), {}))
+    (data / "PG_VERSION").write_text("17\n")
+    wanted = resolve(load(write(tmp_path, logical), {}))["fencer"]["slots"]
+    assert wanted == {"own": True, "keep_mb": 0, "synced": True}
     missing = GOOD + 'user = "no-such-user"\nbin_dir = "/nowhere"\n'
     with pytest.raises(ConfigError) as caught:
         resolve(load(write(tmp_path, missing), {}))

@@ -123,6 +123,7 @@ EXAMPLES: list[Example] = [
     (714, S.WATCHING, STRAY, S.WATCHING, ("follow",)),
     (715, S.WATCHING, STRAY | IN_VAIN, S.WATCHING, ()),
     (716, S.WATCHING, STRAY | {"order": "done", "order_op": "follow"}, S.WATCHING, ("follow",)),
+    (717, S.WATCHING, STANDBY | {"other_slot": True}, S.WATCHING, ("follow",)),
     (718, S.WATCHING, STANDBY | {"stale": True, "eligible_why": "behind"}, S.WATCHING, ()),
     (719, S.WATCHING, STANDBY | {"rejoin_why": "wrong password"}, S.WATCHING, ()),
     (720, S.WATCHING, STANDBY | {"distrust": "x"}, S.WATCHING, ()),

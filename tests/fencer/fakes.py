@@ -344,7 +344,9 @@ class SteppedRejoin:
             await self._engine.step(call, "looked at")
             return "a copy was ordered" if clone else ""
 
-    async def run(self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str) -> str:
+    async def run(
+        self, primary: str, system_identifier: str, testimony: bytes, *, why_clone: str, slot: bool
+    ) -> str:
         w, engine = self._world, self._engine
         if w.lives or not w.standby:
             engine.fouls.append("I1: a rejoin began on a PostgreSQL that runs, or is not marked as a standby")
@@ -550,7 +552,9 @@ class SteppedEngine:
     async def found(self, testimony: bytes) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def configure(self, primary: str | None, sync: SyncRule, testimony: bytes) -> None:
+    async def configure(
+        self, primary: str | None, sync: SyncRule | None, testimony: bytes, *, slot: bool = False
+    ) -> None:
         async with self.effect("configure") as call:
             await self.step(call, "configure")
             if self.world.unfinished:

@@ -170,7 +170,7 @@ REQUEST_OF_EACH: list[Request] = [
     Unfence(who="w"),
 ]
 IDS = [type(r).__name__ for r in REQUEST_OF_EACH]
-LEFT_OUT = {"clean", "timeline", "unless", "wait_ms"}  # may be
+LEFT_OUT = {"clean", "slot", "timeline", "unless", "wait_ms"}  # may be
 Tree = dict[str, object]
 
 
