@@ -82,7 +82,7 @@ class Ladder:
         if self._over or not self._fencer.current(self._life, self._effect):
             return
         if self._pg.clinging and not self._pg.gone:
-            self._pg.spent = self._host.rng.random() < SPENT
+            self._pg.spent = self._pg.spent or self._host.rng.random() < SPENT  # killed is killed
             if self._pg.spent and not self._host.world.rules.spent_never_runs:
                 self._host.later(8 * self._fencer.t.stop_ns, self._runs_on, self._pg.run)
             self._host.later(int(self._fencer.t.stop_ns * 0.2) + 1, self._ended, False, None)
