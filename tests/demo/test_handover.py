@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +74,74 @@ def test_a_node_that_is_stopped_hands_over_first(running: Running) -> None:
     running.until("it comes back and is given its place", lambda: running.acks_by("n1", back) > 20, 90)
     assert running.check(began, "n1") < 4.0
     assert Path(running.cluster.nodes["n1"].data_dir, "postmaster.pid").exists()
+
+
+# What is killed when its node's log says that: of who hands over (old), and of who takes over (new).
+STEPS = [
+    ("old", "harmony.agent", "naming the successor"),
+    ("old", "harmony_fencer", "checkpoint ahead of the hand-over"),
+    ("old", "harmony.agent", "demoting for"),
+    ("old", "harmony_fencer", "demoting for"),
+    ("old", "harmony.agent", "writing the vacancy for the successor"),
+    ("new", "harmony.agent", "we are eligible: claiming"),
+    ("new", "harmony_fencer", "claim won: activating"),
+    ("new", "harmony.agent", "claim won: activating"),
+]
+
+
+class Killer(threading.Thread):
+    """Kills one process as soon as a log says that word anew."""
+
+    def __init__(self, log: Path, word: str, folder: Path, module: str) -> None:
+        super().__init__(daemon=True)
+        (self._victim,) = procs.with_argument(folder, (module,))
+        self._log, self._word, self._begin = log, word.encode(), log.stat().st_size
+        self.struck = False
+
+    def run(self) -> None:
+        until = time.monotonic() + 10
+        with self._log.open("rb") as f:
+            while time.monotonic() < until:
+                f.seek(self._begin)
+                if self._word in f.read():
+                    self.struck = procs.send(self._victim, signal.SIGKILL)
+                    return
+                time.sleep(0.002)
+
+
+@pytest.fixture
+def steady() -> Iterator[Running]:
+    """Leadership stays where it was put."""
+    with under_load(Cluster) as found:
+        yield found
+
+
+def test_killed_at_each_step(steady: Running) -> None:
+    """O1, I1, I2: whatever dies in a switchover, one leads soon, all come back, and nothing is lost."""
+    running, cluster, began = steady, steady.cluster, boottime_ns()
+
+    def whole() -> bool:
+        found = cluster.streaming()
+        return found is not None and found[1:] == (2, True) and len(running.record(found[0]).sync_voters) == 2
+
+    for role, module, word in STEPS:
+        running.until("all are well", whole, 60)
+        found = cluster.streaming()
+        assert found is not None
+        old = found[0]
+        new = next(n for n in ("n2", "n3") if n != old)
+        node = cluster.nodes[old if role == "old" else new]
+        killer = Killer(node.folder / "node.log", word, node.folder, module)
+        killer.start()
+        said = running.harmonyctl("n1", "switchover", "--to", new)
+        killer.join(12)
+        assert killer.struck, (role, module, word, said, running.logs())
+        struck = boottime_ns()
+        running.until(
+            f"somebody leads after {module} of the {role} one was killed at: {word}",
+            lambda since=struck: any(running.acks_by(n, since) > 20 for n in cluster.nodes),  # type: ignore[misc]
+        )
+    running.until("all are well", whole, 60)
+    found = cluster.streaming()
+    assert found is not None
+    running.check(began, found[0])
