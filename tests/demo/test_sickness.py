@@ -89,7 +89,6 @@ def test_killed_then_stopped_then_crashed() -> None:
         for process in procs.postgres_of(data_dir):
             procs.send(process, signal.SIGSTOP)
         running.until("another accepts writes", lambda: others_write(running, old, began), 20)
-        assert boottime_ns() - began > PATIENCE_S * 1e9
         assert "PostgreSQL is sick, and another can lead" in log(running, old)
         assert "state T" in log(running, old)
         new = leader(running)

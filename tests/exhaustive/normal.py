@@ -88,6 +88,8 @@ def member(m: Member, t: Timing) -> Member:
         generation="",
         lease_left_ms=None,
         barred=False,
+        slots=None,
+        limits=Fixed(),
     )
 
 
