@@ -36,16 +36,27 @@ def running() -> Iterator[Running]:
 
 def test_a_switchover_and_the_way_back(running: Running) -> None:
     """W1, W3, W7: named, confirmed, demoted cleanly, and back to the preferred primary when it has caught up."""
-    code, text = running.harmonyctl("n3", "switchover", "--dry-run")
-    assert (code, "n2: could take over" in text, "n3: could take over" in text) == (0, True, True), text
+    # Refused for a moment: a standby whose read crossed a newer heartbeat, or that is told of its slot.
+    both = ("n2: could take over", "n3: could take over")
+    running.until(
+        "both could take over",
+        lambda: all(w in running.harmonyctl("n3", "switchover", "--dry-run")[1] for w in both),
+    )
     for to, why in (("n1", "the primary already"), ("n9", "not a member")):
         code, text = running.harmonyctl("n3", "switchover", "--to", to)
         assert code == 1, text
         assert why in text
     assert running.record("n3").term == 1, "nothing of that has done anything"
     began = boottime_ns()
-    code, text = running.harmonyctl("n3", "switchover", "--to", "n2")
-    assert (code, "n2 leads in term 2" in text) == (0, True), text
+    said: list[str] = []
+
+    def moved() -> bool:
+        code, text = running.harmonyctl("n3", "switchover", "--to", "n2")
+        said.append(text)
+        return code == 0
+
+    running.until("it is not refused", moved)
+    assert "n2 leads in term 2" in said[-1], said
     running.until("n2 accepts writes", lambda: running.acks_by("n2", began) > 20)
     log = (running.cluster.nodes["n1"].folder / "node.log").read_text()
     assert log.index("checkpoint ahead of the hand-over") < log.index("demoting for n2")
@@ -99,7 +110,7 @@ class Killer(threading.Thread):
         self.struck = False
 
     def run(self) -> None:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 20
         with self._log.open("rb") as f:
             while time.monotonic() < until:
                 f.seek(self._begin)
@@ -131,10 +142,12 @@ def test_killed_at_each_step(steady: Running) -> None:
         old = found[0]
         new = next(n for n in ("n2", "n3") if n != old)
         node = cluster.nodes[old if role == "old" else new]
+        said: tuple[int, str] = (0, "")
         killer = Killer(node.folder / "node.log", word, node.folder, module)
         killer.start()
-        said = running.harmonyctl("n1", "switchover", "--to", new)
-        killer.join(12)
+        while killer.is_alive():  # it may be refused for a moment
+            said = running.harmonyctl("n1", "switchover", "--to", new)
+            killer.join(0.2)
         assert killer.struck, (role, module, word, said, running.logs())
         struck = boottime_ns()
         running.until(
