@@ -190,20 +190,6 @@ def test_never_from_who_is_not_seen_leading(broken: str, value: dict[str, object
     assert c.ops == []
 
 
-def test_never_when_a_heartbeat_of_the_primary_is_overdue() -> None:
-    """W10, I2: it may be dead, and who looks at its data for that long is no candidate, and not heard."""
-    policy = Policy(rejoin_after_s=FAST.failover_timeout_s * 0.6)  # over before anything is stale
-    node = Following(policy)
-    node.diverges()
-    node.do(0.2)
-    node.beating = False
-    node.do(FAST.failover_timeout_s * 0.9)
-    assert not node.orders
-    node.beating = True
-    node.do(1)
-    assert node.ops == ["rejoin"]
-
-
 def test_never_while_the_primary_is_stale() -> None:
     c = Following()
     c.diverges()
