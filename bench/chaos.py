@@ -22,20 +22,16 @@ from pathlib import Path
 
 import msgspec
 
-from bench.failover import machine
-from bench.ha import chaos, checker, plan
+from bench.failover import machine, missing
+from bench.ha import chaos, checker, plan, report
 from bench.ha.chaos import Chaos, Played
 from bench.ha.checker import Bounds, Violation
 from bench.ha.faults import FAULTS
-from bench.ha.harmony import installed
-from bench.ha.patroni import programs
 from bench.ha.plan import Round
 from bench.ha.stage import Stage
 from harmony.config import Rejoin
 from harmony.core.timing import PRESETS
-from harmony.demo.parts import SetupError
 from tests.hosts.host import HostError
-from tests.hosts.lab import why_not
 
 ROUNDS_A_STAGE = 15  # then a new cluster: the table, its WAL and the logs stay small
 
@@ -90,7 +86,7 @@ def campaign(given: argparse.Namespace, results: Results) -> None:
             say(f"the lab failed: {error}")
             results.failures.append(f"{type(error).__name__}: {error}"[:1000])
             todo = list(islice(coming, 1))
-        save(results, given.out)
+        report.save(results, given.out)
 
 
 def on_stage(
@@ -126,7 +122,7 @@ def on_stage(
         )
         for violation in played.violations:
             say(f"    VIOLATION {violation.kind}: {violation.what}")
-        save(results, out)
+        report.save(results, out)
         todo = list(islice(coming, 1))
         if played.violations or not todo or time.monotonic() > until:
             break
@@ -143,14 +139,6 @@ def on_stage(
         )
         results.kept.append(str(acting.keep(words)))
     return todo
-
-
-def save(results: Results, to: Path) -> None:
-    """Whole, at once: a campaign that is killed leaves the last good file."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    fresh = to.with_suffix(".new")
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
-    fresh.replace(to)
 
 
 def summary(results: Results) -> str:
@@ -173,20 +161,6 @@ def summary(results: Results) -> str:
         f"{times}{broken}; the lab failed {len(results.failures)} times\n"
         + "".join(f"  kept: {folder}\n" for folder in results.kept)
     )
-
-
-def missing(peer: str) -> str | None:
-    """What this machine lacks, in words; also what is built once for all clusters."""
-    try:
-        if reason := why_not():
-            return reason
-        if peer == "patroni":
-            programs()
-        else:
-            installed()
-    except (HostError, SetupError) as error:
-        return str(error)
-    return None
 
 
 def main() -> None:
@@ -213,7 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/chaos.json"))
     given = parser.parse_args()
-    if reason := missing(given.peer):
+    if reason := missing([given.peer]):
         sys.exit(reason)
     bounds = checker.bounds(PRESETS[given.preset], Rejoin().after_s)
     results = Results(machine([given.peer]), given.seed, given.preset, given.sync, bounds)
@@ -221,7 +195,7 @@ def main() -> None:
     try:
         campaign(given, results)
     finally:
-        save(results, given.out)
+        report.save(results, given.out)
         sys.stdout.write(summary(results))
     sys.exit(1 if results.violations() else 2 if results.failures else 0)
 

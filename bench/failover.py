@@ -67,9 +67,8 @@ def machine(peers: list[str]) -> dict[str, str]:
     }
 
 
-def campaign(given: argparse.Namespace) -> int:
+def campaign(given: argparse.Namespace, peers: list[str]) -> int:
     """All repeats, one after the other; the number that failed."""
-    peers = ["harmony", "patroni"] if given.peer == "both" else [given.peer]
     results = (
         report.load(given.out) if given.out.exists() and given.append else report.Results(machine(peers), [])
     )
@@ -91,14 +90,14 @@ def campaign(given: argparse.Namespace) -> int:
     return failed
 
 
-def missing(given: argparse.Namespace) -> str | None:
-    """What this machine lacks, in words; also what is built once for all repeats."""
+def missing(peers: list[str]) -> str | None:
+    """What this machine lacks for them, in words; also what is built once for all repeats."""
     try:
         if reason := why_not():
             return reason
-        if given.peer != "harmony":
+        if "patroni" in peers:
             programs()
-        if given.peer != "patroni":
+        if "harmony" in peers:
             installed()
     except (HostError, SetupError) as error:
         return str(error)
@@ -134,9 +133,10 @@ def main() -> None:
         if given.plot is not None:
             report.plot(results, given.plot)
         return
-    if reason := missing(given):
+    peers = ["harmony", "patroni"] if given.peer == "both" else [given.peer]
+    if reason := missing(peers):
         sys.exit(reason)
-    sys.exit(1 if campaign(given) else 0)
+    sys.exit(1 if campaign(given, peers) else 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import msgspec
 import psycopg
 
 from harmony.config import Config
+from harmony.errors import in_a_line
 from harmony.records import ClusterState, Member, decode_cluster, decode_member
 from harmony.store.interface import Entry
 
@@ -52,7 +53,7 @@ def look_here(c: Config, found: Findings) -> None:
     except psycopg.Error as e:
         found.problems.append(
             f"PostgreSQL here cannot be asked as {p.db_user} through {p.socket_dir}, port {c.members[me].port}: "
-            f"{_line(e)} (CREATE ROLE {p.db_user} LOGIN; GRANT pg_monitor TO {p.db_user}; or correct "
+            f"{in_a_line(e)} (CREATE ROLE {p.db_user} LOGIN; GRANT pg_monitor TO {p.db_user}; or correct "
             "postgresql.socket_dir, db_user, db_name, or the members' port)"
         )
         return
@@ -124,7 +125,7 @@ def look_at(c: Config, name: str, system_identifier: str) -> tuple[str, str]:
             shown = link.execute("SHOW in_hot_standby" if hot else "SHOW transaction_read_only").fetchone()
     except psycopg.Error as e:
         return (
-            f"{name} cannot be reached as {p.replication_user} at {address.host}:{address.port}: {_line(e)}",
+            f"{name} cannot be reached as {p.replication_user} at {address.host}:{address.port}: {in_a_line(e)}",
             "",
         )
     if known is None or shown is None:
@@ -195,10 +196,6 @@ def _against(state: ClusterState, me: str, system_identifier: str) -> list[str]:
     return [
         f"the store has this cluster already, {leads} in term {state.term}{begun}: there is nothing to adopt"
     ]
-
-
-def _line(e: Exception) -> str:
-    return " ".join(str(e).split())[:300]
 
 
 def _text(value: object) -> str:

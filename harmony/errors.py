@@ -15,6 +15,11 @@ from __future__ import annotations
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: restarting will not help
 
 
+def in_a_line(e: Exception, most: int = 300) -> str:
+    """What a library's error says, for a log or a status: one line, `most` characters."""
+    return " ".join(str(e).split())[:most]
+
+
 class HarmonyError(Exception):
     """Base of all that can go wrong outside this program."""
 

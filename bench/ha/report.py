@@ -34,7 +34,7 @@ class Results(msgspec.Struct):
     repeats: list[Repeat]
 
 
-def save(results: Results, to: Path) -> None:
+def save(results: msgspec.Struct, to: Path) -> None:
     """Whole, at once: a campaign that is killed leaves the last good file."""
     to.parent.mkdir(parents=True, exist_ok=True)
     fresh = to.with_suffix(".new")

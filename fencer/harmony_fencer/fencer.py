@@ -458,13 +458,13 @@ class Fencer:
         """A fence of its own is repeated until proven: nobody else may be there to order it again."""
         began = self._clock.now_ns()
         while True:
-            o = outcome = await self._stop(clean_until_ns)
-            state: OrderState = "done" if outcome.proven else "failed"
+            o = await self._stop(clean_until_ns)
+            state: OrderState = "done" if o.proven else "failed"
             self._self_fence = SelfFence(reason, began, state, o.detail, o.took_ms, o.rungs)
             self._bell.ring()
-            level = log.warning if outcome.proven else log.error
-            level("own fence", proven=outcome.proven, detail=outcome.detail, took_ms=round(outcome.took_ms))
-            if outcome.proven:
+            level = log.warning if o.proven else log.error
+            level("own fence", proven=o.proven, detail=o.detail, took_ms=round(o.took_ms))
+            if o.proven:
                 return
             await trio.sleep(0.1)
 

@@ -31,6 +31,7 @@ from harmony.agent.slots import (
 )
 from harmony.core.messages import Surveyed
 from harmony.core.slots import Duty
+from harmony.errors import in_a_line
 
 DEADLINE_S = 15.0
 STATEMENT_MS = 5000
@@ -133,7 +134,7 @@ class Keeper:
                 case Drop(name=name):
                     link.execute(_DROP, (name, standby))
         except psycopg.Error as e:
-            return " ".join(str(e).split())[:300]
+            return in_a_line(e)
         log.info("slot", did=type(action).__name__.lower(), name=action.name, why=getattr(action, "why", ""))
         return ""
 

@@ -14,6 +14,7 @@ import psycopg
 import trio
 
 from harmony.core.messages import DbSeen, DbSilent, Walsender
+from harmony.errors import in_a_line
 
 _QUESTION = """
 SELECT pg_is_in_recovery(),
@@ -29,8 +30,7 @@ SELECT pg_is_in_recovery(),
        pg_postmaster_start_time()::text, checkpointer,
        current_setting('synchronous_standby_names'),
        COALESCE((SELECT json_agg(json_build_array(application_name, sync_priority > 0, flush_lsn - '0/0'::pg_lsn))
-                   FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]'),
-       sync_waiters > 0
+                   FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]')
   FROM (SELECT count(*) FILTER (WHERE lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
                count(*) FILTER (WHERE wait_event = 'SyncRep'),
                count(*) FILTER (WHERE backend_type = 'client backend'),
@@ -39,6 +39,7 @@ SELECT pg_is_in_recovery(),
 """
 # The least that proves a flush to this disk and to nobody else's: a commit that waits for no standby.
 _MESSAGE = "SELECT pg_logical_emit_message(true, 'harmony', '')"
+_WAITING = f"SET synchronous_commit = on; {_MESSAGE}"  # and the same as one that waits
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Probe:
         self.vitals: Vitals | None = None  # of the newest answer
         self.refused = ""  # what the newest question was answered with instead: an error; "": nothing
         self._busy = False
-        self._checkpointing = False
-        self._nudging = False
+        self._beside: set[str] = set()  # what is under way on connections of its own
 
     async def ask(self, now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
         self.refused = ""
@@ -91,7 +91,7 @@ class Probe:
             return self._query(now_ns)
         except psycopg.Error as e:
             self.close()
-            why = " ".join(str(e).split())[:300]
+            why = in_a_line(e)
             self.refused = "" if isinstance(e, psycopg.errors.ConnectionTimeout) else why
             return DbSilent(why)
         finally:
@@ -104,7 +104,7 @@ class Probe:
         if row is None:
             return DbSilent("PostgreSQL gave no row")
         recovering, received, replayed, timeline, streaming, system_identifier, *rest = row
-        wal, sync, sessions, limit, postmaster, checkpointer, names, senders, waiting = rest
+        wal, sync, sessions, limit, postmaster, checkpointer, names, senders = rest
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
         self.vitals = Vitals(
@@ -126,7 +126,7 @@ class Probe:
             asked_ns=now_ns,
             names=str(names),
             walsenders=_walsenders(senders),
-            waiting=bool(waiting),
+            waiting=self.vitals.sync_waiters > 0,
         )
 
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
@@ -157,7 +157,7 @@ class Probe:
                 self._writer = None
             full = isinstance(e, psycopg.errors.DiskFull)
             what = "THE DISK IS FULL" if full else "the write probe fails"
-            return f"{what}: {' '.join(str(e).split())[:200]}"
+            return f"{what}: {in_a_line(e, 200)}"
         return ""
 
     async def checkpoint(self, timeout_s: float) -> str:
@@ -165,41 +165,34 @@ class Probe:
 
         PostgreSQL 15 and newer want membership in pg_checkpoint for it, older ones a superuser.
         """
-        if self._checkpointing:
+        if "CHECKPOINT" in self._beside:
             return "the one before has not returned"
         with trio.move_on_after(timeout_s):
-            return await trio.to_thread.run_sync(self._checkpoint, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(self._alone, "CHECKPOINT", abandon_on_cancel=True)
         return f"not finished within {timeout_s:g} s"
-
-    def _checkpoint(self) -> str:
-        self._checkpointing = True
-        try:
-            with contextlib.closing(self._connect()) as connection:
-                connection.execute("CHECKPOINT")
-        except psycopg.Error as e:
-            return " ".join(str(e).split())[:300]
-        finally:
-            self._checkpointing = False
-        return ""
 
     async def nudge(self, timeout_s: float) -> str:
         """Begin a commit that waits as clients' do; why there was none, or empty. It may still wait on return."""
-        if self._nudging:
+        if _WAITING in self._beside:
             return ""
         with trio.move_on_after(timeout_s):
-            return await trio.to_thread.run_sync(self._nudge, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(self._alone, _WAITING, abandon_on_cancel=True)
         return ""
 
-    def _nudge(self) -> str:
-        self._nudging = True
+    def _alone(self, statements: str) -> str:
+        """On a connection of their own, for as long as they take. Why they failed, or "".
+
+        It is for the caller to ask whether the same is under way.
+        """
+        self._beside.add(statements)
         try:
             with contextlib.closing(self._connect()) as connection:
-                connection.execute("SET synchronous_commit = on")
-                connection.execute("SELECT pg_logical_emit_message(true, 'harmony', '')")
+                for statement in statements.split(";"):
+                    connection.execute(statement.encode())
         except psycopg.Error as e:
-            return " ".join(str(e).split())[:300]
+            return in_a_line(e)
         finally:
-            self._nudging = False
+            self._beside.discard(statements)
         return ""
 
     def close(self) -> None:

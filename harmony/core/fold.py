@@ -35,7 +35,6 @@ from harmony.core.messages import (
 )
 from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
-from harmony.core.sync import Rule
 from harmony.core.timing import Timing
 from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine, rejoining
 from harmony.records import CLUSTER_STATE
@@ -217,11 +216,10 @@ def lead_outcome(v: View, out: register.Outcome, t: Timing, now_ns: int) -> View
             return v
         case Acked(sent_ns=sent_ns, revision=revision, attempt=attempt):
             record = next((r for r in v.lead_records if r.attempt == attempt), v.cluster)
-            if record is not None and v.recording == Rule(record.sync_count, record.sync_voters):
+            if record is not None and v.recording == ruling.recorded(record):
                 v = replace(v, recording=None)
-            reserved = v.reserving or v.reserved
-            v = replace(v, intent="beat", cluster=record, read_ok=True, reserved=reserved, reserving=0)
-            v = replace(v, unsettled=False)
+            v = replace(v, intent="beat", cluster=record, read_ok=True, unsettled=False)
+            v = replace(v, reserved=v.reserving or v.reserved, reserving=0)
             if revision > v.revision or v.first_seen_ns == 0:
                 v = replace(v, stamp_ns=0, first_seen_ns=now_ns, silent_from_ns=now_ns)
             v = marked(replace(v, revision=max(revision, v.revision)))

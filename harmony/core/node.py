@@ -262,7 +262,7 @@ def _lead(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]
     record = _cluster_record(v, me, attempt)
     commands.append(Write(CLUSTER_STATE, record, v.lead.revision or 0, attempt, left))
     c = v.cluster
-    same = c is None or (c.sync_count, c.sync_voters) == (record.sync_count, record.sync_voters)
+    same = c is None or ruling.recorded(c) == ruling.recorded(record)
     v = replace(v, lead_records=(*v.lead_records, record), unsettled=v.unsettled or not same)
     return replace(v, lead=register.sent(v.lead, "write", Attempt(attempt, now_ns)))
 

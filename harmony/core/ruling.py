@@ -21,6 +21,7 @@ RAISE_PAUSES = 10  # times failover_timeout, before a higher count is tried agai
 
 
 def recorded(c: ClusterState) -> Rule:
+    """The rule by which a candidate is judged."""
     return Rule(c.sync_count, c.sync_voters)
 
 
@@ -193,7 +194,6 @@ def _tell(
 ) -> View:
     """Have PostgreSQL told, by way of the fencer; the same number again where it is not known to have arrived."""
     commands.append(TellRule(generation, number, rule))
-    again = (number, rule) == (r.number, r.told)
-    worst = r.worst if again or rule == r.told else mixed(r.worst, rule)
+    worst = r.worst if rule == r.told else mixed(r.worst, rule)
     r = replace(r, number=number, told=rule, worst=worst, sent_ns=now_ns, taken_ns=0, lsn=0, nudged=False)
     return replace(v, ruling=r)

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 import psycopg
 
 from harmony.demo import measure
+from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster, ask_status, make_base
 from harmony.demo.recorder import Recorders
+from harmony.demo.scenarios import Fault, Scenario
 from harmony.records import ClusterState
 
 
@@ -49,6 +51,14 @@ class Running:
         argv = [sys.executable, "-I", "-m", "harmony", *arguments, *config]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
         return done.returncode, done.stdout + done.stderr
+
+    def fail_over(self) -> tuple[str, int]:
+        """n1, which leads, is killed whole: who leads then, and when it was (boot clock, ns)."""
+        self.until("what commits wait for is recorded", lambda: self.record("n2").sync_count == 1, 60)
+        fault_ns, others = boottime_ns(), ("n2", "n3")
+        Fault(Scenario.NODE_KILLED, self.cluster, "n1").apply()
+        self.until("another accepts writes", lambda: any(self.acks_by(n, fault_ns) > 20 for n in others))
+        return next(n for n in others if self.acks_by(n, fault_ns)), fault_ns
 
     def check(self, since_ns: int, at: str) -> float:
         """Nothing lost, never two; the longest pause of the client since then, in seconds."""

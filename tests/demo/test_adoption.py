@@ -13,11 +13,9 @@ import psycopg
 import pytest
 
 from harmony.demo import procs
-from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import HOST, Cluster, ask_status
 from harmony.demo.databases import Node, make_databases
 from harmony.demo.parts import run_as
-from harmony.demo.scenarios import Fault, Scenario
 from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
@@ -126,13 +124,7 @@ def test_a_running_cluster_is_adopted(running: Running) -> None:
     assert {name: cluster.postmaster(name) for name in cluster.nodes} == before
     assert running.harmonyctl("n2", "status")[0] == 0, "as a cluster that Harmony made"
 
-    running.until("what commits wait for is recorded", lambda: running.record("n2").sync_count == 1, 60)
-    fault_ns = boottime_ns()
-    Fault(Scenario.NODE_KILLED, cluster, "n1").apply()
-    running.until(
-        "another accepts writes", lambda: any(running.acks_by(n, fault_ns) > 20 for n in ("n2", "n3"))
-    )
-    leader = next(n for n in ("n2", "n3") if running.acks_by(n, fault_ns))
+    leader, fault_ns = running.fail_over()
     running.check(fault_ns, leader)
 
 

@@ -13,11 +13,9 @@ import psycopg
 import pytest
 
 from harmony.demo import procs
-from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster
 from harmony.demo.comeback import is_back
 from harmony.demo.databases import CONTENT, Node
-from harmony.demo.scenarios import Fault, Scenario
 from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
@@ -102,13 +100,7 @@ def test_a_cluster_from_nothing(running: Running) -> None:
         assert left == ["data"], "nothing is left beside it"
     assert len(identifiers) == 1
 
-    running.until("what commits wait for is recorded", lambda: running.record("n2").sync_count == 1, 60)
-    fault_ns = boottime_ns()
-    Fault(Scenario.NODE_KILLED, cluster, "n1").apply()
-    running.until(
-        "another accepts writes", lambda: any(running.acks_by(n, fault_ns) > 20 for n in ("n2", "n3"))
-    )
-    leader = next(n for n in ("n2", "n3") if running.acks_by(n, fault_ns))
+    leader, fault_ns = running.fail_over()
     shutil.rmtree(cluster.nodes["n1"].data_dir)
     cluster.start_supervisor("n1")
     newest = running.recorders.writer.acks[-1].id

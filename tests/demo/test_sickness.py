@@ -159,16 +159,23 @@ def mended_at_the_end() -> Iterator[subprocess.Popen[bytes]]:
         keeper.wait(20)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a disk that hangs needs root")
-@pytest.mark.skipif(shutil.which("fsfreeze") is None, reason="no fsfreeze (util-linux)")
-def test_a_disk_that_hangs() -> None:
-    """Who waits for it cannot be killed: no proof, yet nothing of it ever runs again, and another leads meanwhile."""
+@contextmanager
+def led_on_a_disk() -> Iterator[tuple[Running, Path]]:
+    """A cluster whose primary, n1, has a disk of its own, and where that is."""
     with mended_at_the_end() as keeper, under_load(OnDisk) as running:
         disk = running.cluster.nodes["n1"].folder / "disk"
         assert keeper.stdin is not None
         keeper.stdin.write(f"{disk}\n".encode())
         keeper.stdin.flush()
         running.until("n1 leads", lambda: leader(running) == "n1")
+        yield running, disk
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk that hangs needs root")
+@pytest.mark.skipif(shutil.which("fsfreeze") is None, reason="no fsfreeze (util-linux)")
+def test_a_disk_that_hangs() -> None:
+    """Who waits for it cannot be killed: no proof, yet nothing of it ever runs again, and another leads meanwhile."""
+    with led_on_a_disk() as (running, disk):
         began = boottime_ns()
         run(["fsfreeze", "--freeze", str(disk)])
         try:
@@ -234,12 +241,7 @@ def test_busy_is_not_sick() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
 def test_a_disk_that_is_full() -> None:
     """WAL finds no room: PostgreSQL panics. Another leads, and when there is room again the old one follows."""
-    with mended_at_the_end() as keeper, under_load(OnDisk) as running:
-        disk = running.cluster.nodes["n1"].folder / "disk"
-        assert keeper.stdin is not None
-        keeper.stdin.write(f"{disk}\n".encode())
-        keeper.stdin.flush()
-        running.until("n1 leads", lambda: leader(running) == "n1")
+    with led_on_a_disk() as (running, disk):
         began = boottime_ns()
         filler = disk / "filler"
         with filler.open("wb") as file, contextlib.suppress(OSError):

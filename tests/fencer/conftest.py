@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,9 @@ def node(template: Template) -> Iterator[Node]:
     shutil.rmtree(top)
 
 
-@pytest.fixture
-def pair(template: Template) -> Iterator[Pair]:
+@contextmanager
+def pair_of(template: Template) -> Iterator[Pair]:
+    """Gone afterwards, with all that they run."""
     tops = [Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder())) for _ in range(2)]
     for top in tops:
         top.chmod(0o755)
@@ -59,3 +61,9 @@ def pair(template: Template) -> Iterator[Pair]:
     node.destroy()
     for top in tops:
         shutil.rmtree(top)
+
+
+@pytest.fixture
+def pair(template: Template) -> Iterator[Pair]:
+    with pair_of(template) as made:
+        yield made

