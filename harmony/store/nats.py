@@ -154,24 +154,35 @@ class NatsStore:
             log.warning("store not connected", why=self._why)
 
     async def _connect(self, url: str) -> Client:
+        """One server, now or not. Left to itself nats-py asks a server that refuses for two minutes, and on Python 3.11
+        (bpo-37658) a cancellation may be lost on it: then nobody would look for the other servers meanwhile."""
+        newest: Exception | None = None
+
         async def closed() -> None:
             self._closed.set()
 
         async def error(e: Exception) -> None:
+            nonlocal newest
+            newest = e
             log.debug("nats", error=str(e))
 
-        return await nats.connect(
-            url,
-            allow_reconnect=False,
-            connect_timeout=CONNECT_TIMEOUT_S,
-            ping_interval=1,
-            max_outstanding_pings=2,
-            pending_size=0,
-            closed_cb=closed,
-            disconnected_cb=closed,
-            error_cb=error,
-            user_credentials=self._credentials,
-        )
+        try:
+            return await nats.connect(
+                url,
+                allow_reconnect=False,
+                max_reconnect_attempts=1,  # of the first connection, too; 0 would be for ever
+                reconnect_time_wait=0,
+                connect_timeout=CONNECT_TIMEOUT_S,
+                ping_interval=1,
+                max_outstanding_pings=2,
+                pending_size=0,
+                closed_cb=closed,
+                disconnected_cb=closed,
+                error_cb=error,
+                user_credentials=self._credentials,
+            )
+        except nats.errors.NoServersError as e:
+            raise newest or e from None
 
     async def _setup(self, client: Client, url: str) -> bool:
         """Look at the bucket for the first time on this connection. False: try again later."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 import uuid
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
@@ -320,6 +322,30 @@ async def test_who_has_seen_a_bucket_does_not_make_it(server: Server) -> None:
         assert store.facts is not None
         assert "is gone" in store.facts.problem
         assert not store.connected
+
+
+@pytest.mark.real
+async def test_a_server_that_refuses_is_not_waited_for(server: Server) -> None:
+    """The next server is asked at once, and what went wrong is said; nor does an end wait for it."""
+
+    def opens(urls: list[str]) -> AbstractAsyncContextManager[Store]:
+        return open_store("nats", urls=urls, cluster_id=cluster(), replicas=1, credentials_file=None)
+
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        dead = f"nats://127.0.0.1:{nobody.getsockname()[1]}"
+        async with opens([dead, server.url]) as store:
+            with trio.fail_after(1):
+                while not store.connected:
+                    await trio.sleep(0.01)
+        for n in range(40):
+            with trio.fail_after(1):
+                async with opens([dead]) as store:
+                    await trio.sleep(n / 4000)
+        async with opens([dead]) as store:
+            await trio.sleep(0.3)
+            with pytest.raises(StoreUnavailable, match="Connect call failed"):
+                await store.get("k", timeout_s=0.1)
 
 
 @pytest.mark.real
