@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from harmony_fencer.clock import boot_ns
 from harmony_fencer.durable import read_small, remove, replace, seal, unseal
 
 NAME = "fencer.adopt"
@@ -20,9 +21,12 @@ _START_TIME = 19  # proc(5), stat, field 22; counted after the name
 
 
 class Permit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which postmaster: `started` is its start in clock ticks since the boot."""
+    """Which postmaster: `started` is its start in clock ticks since the boot, `granted_ns` CLOCK_BOOTTIME.
 
-    boot_id: str
+    Not the boot's id: in a container (systemd-nspawn) it is another one for who runs in a unit's sandbox.
+    """
+
+    granted_ns: int
     pid: int
     started: int
     who: str
@@ -78,10 +82,10 @@ def withdraw(folder: Path) -> None:
     remove(folder / NAME)
 
 
-def load(folder: Path, boot_id: str) -> Permit | None:
-    """The permit of this boot; what cannot be read is none."""
+def load(folder: Path) -> Permit | None:
+    """The permit; what cannot be read is none, nor is what was granted at a time that this boot has not reached."""
     try:
         found = msgspec.json.decode(unseal(read_small(folder / NAME)), type=Permit)
     except (OSError, ValueError):
         return None
-    return found if found.boot_id == boot_id else None
+    return found if found.granted_ns <= boot_ns() else None

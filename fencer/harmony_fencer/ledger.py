@@ -44,7 +44,7 @@ class Ledger:
         self._writing = trio.CapacityLimiter(1)
         self.state, self.untrusted = load_state(config)
         self.latch = states.latch(self._folder)
-        self._permit = adopt.load(self._run, boot_id)
+        self._permit = adopt.load(self._run)
 
     # ------------------------------------------------------------ the state
 

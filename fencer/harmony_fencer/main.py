@@ -197,7 +197,7 @@ async def run(config: FencerConfig, sock: socket.socket, supervisor_fd: int | No
 
 def _to_be_adopted(config: FencerConfig, postgres: Postgres) -> Outcome | None:
     """Said in place of a fence, where an operator's permit covers what runs."""
-    if adopt.load(Path(config.run_dir), boot_id()) is None:
+    if adopt.load(Path(config.run_dir)) is None:
         return None  # nearly always: and no disk was waited for
     if not Ledger(config, boot_id()).permits(postgres):
         return None
@@ -227,7 +227,7 @@ def adoption(config: FencerConfig, who: str | None) -> int:
             found["system_identifier"] = adopt.system_identifier(postgres.data)
             found["held_by"] = adopt.unit_of(pid := postgres.postmaster() or 0)
             if who is not None and not problems:
-                adopt.grant(folder, adopt.Permit(boot_id(), pid, adopt.started(pid), who[:500], _utc_now()))
+                adopt.grant(folder, adopt.Permit(boot_ns(), pid, adopt.started(pid), who[:500], _utc_now()))
         if fd is not None:
             os.close(fd)
     except OSError as e:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.hosts.conftest import NewHost
 from tests.hosts.debian import Debian
-from tests.hosts.harmony_host import CONFIG, HarmonyHost
+from tests.hosts.harmony_host import CONFIG, PREFIX, HarmonyHost
 from tests.hosts.host import wait_until
 from tests.hosts.test_boot import setting, standby
 from tests.hosts.test_switch import ended
@@ -179,6 +180,37 @@ def test_an_operators_restart_while_leading(unit_host: HarmonyHost, debian: Debi
         gap = writer.so_far().longest_gap_s(began)
     print(f"systemctl restart of PostgreSQL's unit: nothing written for {gap:.2f} s")
     assert host.show(debian.unit, "ActiveState") == "active"
+
+
+# ---------------------------------------------------------------- one that ran before Harmony
+
+
+def test_a_unit_that_runs_is_adopted(debian_template: HarmonyHost, debian: Debian, new_host: NewHost) -> None:
+    """Issue 5: the same postmaster before and after, no error for its client; then it is guarded as every primary."""
+    host = new_host("adopted", like=debian_template)
+    host.boot()
+    host.configure(debian.cluster("systemd"), debian.programs())
+    host.systemctl("start", debian.unit)
+    files, master = checksums(host, debian), postmaster(host)
+    with writing(host) as writer:
+        began = now_s()
+        said = host.run([f"{PREFIX}/bin/harmonyctl", "adopt", "--yes", "--no-wait"]).stdout
+        assert "permitted" in said
+        host.start()
+        wait_until(lambda: host.fencer().active is not None, "it is led", 30)
+        writer.wait_for_commit(now_s())
+        (only,) = writer.so_far().eras()
+        assert postmaster(host) == master
+        assert host.fencer().held_by == f"cgroup of {debian.unit}"
+        assert setting(host, "synchronous_standby_names") == ""
+        assert f"{debian.data}/harmony.postgresql.conf" in host.read(f"{debian.etc}/conf.d/zz-harmony.conf")
+        assert checksums(host, debian) == files
+        host.signal("harmony-supervisor", signal.SIGSTOP)
+        host.signal("harmony.agent", signal.SIGSTOP)
+        stopped = now_s()
+        wait_until(lambda: now_s() > stopped + LEASE_S + FENCE_TIMEOUT_S + 1, "the lease has ended", 20)
+        assert writer.so_far().last_s(only) <= stopped + LEASE_S + FENCE_TIMEOUT_S
+    print(f"adopted: nothing written for {writer.so_far().longest_gap_s(began):.2f} s at most")
 
 
 # ---------------------------------------------------------------- what is wrong is named
