@@ -28,7 +28,7 @@ from harmony.agent.serve import bind, serve
 from harmony.agent.shell import Shell, World
 from harmony.agent.slots import Wanted
 from harmony.config import Config
-from harmony.core.messages import Event, Marks, Remembered, Retiring
+from harmony.core.messages import Event, Retiring
 from harmony.core.view import Identity, Policy
 from harmony.errors import EXIT_CONFIG, FatalError
 from harmony.logs import configure_logging
@@ -189,7 +189,7 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
             replicas=s.replicas,
             credentials_file=s.credentials_file,
             monitor_urls=s.monitor_urls,
-            may_create=remembered == Remembered(Marks()),
+            may_create=remembered.of_nothing,
         ) as store,
         trio.open_nursery() as nursery,
     ):

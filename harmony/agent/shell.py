@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import structlog
@@ -292,6 +292,7 @@ class Shell:
 
     async def _get(self, key: str, timeout_s: float) -> bool:
         """Read one key and post what is there; False: it could not be read."""
+        asked_at = self._view.marks.revision
         try:
             entry = await self._store.get(key, timeout_s=timeout_s)
         except StoreUnavailable as e:
@@ -311,6 +312,7 @@ class Shell:
         else:
             event = MemberSeen(key.removeprefix(MEMBER_PREFIX), None, 0, 0)
         if isinstance(event, ClusterSeen):
+            event = replace(event, asked_at=asked_at)
             self._shown = (event, boot_ns())
         self.post(event)
         return True

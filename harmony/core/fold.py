@@ -36,7 +36,7 @@ from harmony.core.messages import (
 from harmony.core.register import Acked, Failed, Lost, Register
 from harmony.core.states import WRITABLE_STATES
 from harmony.core.timing import Timing
-from harmony.core.view import LEADING, Identity, Sickness, View, is_leading, is_mine, rejoining
+from harmony.core.view import LEADING, Identity, Sickness, View, highest, is_leading, is_mine, rejoining
 from harmony.records import CLUSTER_STATE
 
 LASTING = 10  # answers in a row that say `streaming`: it has come back for good
@@ -278,7 +278,8 @@ def marked(v: View) -> View:
     c, m = v.cluster, v.marks
     if c is None or v.distrust or v.went_back_ns or v.revision <= m.revision:
         return v
-    return replace(v, marks=Marks(max(c.term, m.term), v.revision, c.attempt, v.lineage or m.lineage))
+    lineage = v.lineage or m.lineage
+    return replace(v, marks=Marks(max(c.term, m.term), v.revision, c.attempt, lineage, m.overruled))
 
 
 def _compared(v: View, e: ClusterSeen, t: Timing, now_ns: int) -> View:
@@ -293,6 +294,8 @@ def _compared(v: View, e: ClusterSeen, t: Timing, now_ns: int) -> View:
     if c is not None and e.revision == m.revision and m.attempt and c.attempt != m.attempt:
         return _history(v, f"revision {m.revision} is another one than this node has seen: two histories")
     if not e.by_read:
+        return v
+    if c is not None and e.asked_at is not None and e.asked_at <= e.revision < m.revision:
         return v
     if c is not None and e.revision >= m.revision:
         return replace(v, went_back_ns=0)
@@ -337,7 +340,7 @@ def _remembered(v: View, e: Remembered) -> View:
         return replace(v, marks=e.marks, kept=e.marks)
     if e.marks.term > v.marks.term:  # the store was seen before the disk answered
         return _history(v, f"it shows term {v.marks.term}, and this node has seen term {e.marks.term}")
-    return v
+    return replace(v, marks=replace(v.marks, overruled=max(v.marks.overruled, e.marks.overruled)))
 
 
 def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
@@ -346,13 +349,14 @@ def _accepted(v: View, e: Accepted, me: Identity, now_ns: int) -> View:
     So does who is promoting: its claim may be among what the store has lost, and another may found meanwhile.
     """
     here = v.fencer.system_identifier if v.fencer is not None else None
+    overruled = max(v.marks.overruled, highest(v)[0])
     may_found = here or "" if e.create else ""
     v = replace(v, distrust="", went_back_ns=0, own_back_ns=0, may_found=may_found, kept=None)
     if v.state in WRITABLE_STATES and is_leading(v, me) and now_ns < v.lease_until_ns:
-        return marked(replace(v, marks=Marks(lineage=v.lineage), own=Register()))
+        return marked(replace(v, marks=Marks(lineage=v.lineage, overruled=overruled), own=Register()))
     return replace(
         v,
-        marks=Marks(),
+        marks=Marks(overruled=overruled),
         read_ok=False,
         cluster=None,
         revision=0,

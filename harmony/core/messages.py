@@ -65,12 +65,17 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSeen:
-    """cluster_state as the store holds it (None: never written), by a read or by the watch."""
+    """cluster_state as the store holds it (None: never written), by a read or by the watch.
+
+    `asked_at`: the newest revision that this node had seen when it sent the read. Where that is no newer than the
+    answer, an answer that is behind now has only crossed something newer: the store has not gone back.
+    """
 
     record: ClusterState | None
     revision: int
     stamp_ns: int
     by_read: bool
+    asked_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +107,15 @@ class StoreSeen:
 class Marks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The most that this node has ever seen of the store; kept on its own disk.
 
-    `attempt` is of cluster_state at `revision`: the same revision with another one is another history.
+    `attempt` is of cluster_state at `revision`: the same revision with another one is another history. `overruled`:
+    the fencer's term when an operator accepted the store; up to there its term is of a history that is given up.
     """
 
     term: int = 0
     revision: int = 0
     attempt: str = ""
     lineage: str = ""
+    overruled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,11 @@ class Remembered:
 
     marks: Marks
     damage: str = ""
+
+    @property
+    def of_nothing(self) -> bool:
+        """No store's history was ever seen, or an operator has accepted its loss: who finds none may begin one."""
+        return not (self.damage or self.marks.revision or self.marks.lineage)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,9 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
 def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
     """Whether a rejoin, which destroys what only this node has, may be ordered now; a row sees to staleness.
 
-    Only for a primary that is seen writing, in a term that this node's fencer has not gone beyond.
+    Only for a primary that is seen writing, in a term that this node's fencer has not gone beyond (but in a history
+    that an operator has given up). Its newest heartbeat must be a new one: else it may be dead, and this standby is
+    wanted as a candidate, or to be heard.
     """
     c, f = v.cluster, v.fencer
     if c is None or f is None or me.policy.rejoin != "automatic" or leads(v, me) != "other":
@@ -61,8 +63,9 @@ def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
     source = v.members.get(c.primary or "")
     sure = (
         not distrust(v)
+        and now_ns - v.first_seen_ns <= t.interval_ns + t.timeout_ns
         and v.failures == 0
-        and highest(v)[0] <= c.term
+        and highest(v)[0] <= max(c.term, v.marks.overruled)
         and f.active is None
         and c.status in WRITABLE_STATES
         and c.system_identifier != ""

@@ -225,9 +225,8 @@ class Cluster:
             "replication": {"mode": "quorum", "synchronous_count": 1},
             # A demo breaks its cluster as often as it likes, and ends it all at once: nobody is left to take over.
             "failover": {"maximum_changes": 0, "on_stop": "fence"},
-            # Nobody wants to look at a standby that does not stream for longer than that; longer than a failover takes,
-            # or a standby would look at the dead primary's data when it is wanted as a candidate.
-            "rejoin": {"after_s": 5.0},
+            # Nobody wants to look at a standby that does not stream for longer than that.
+            "rejoin": {"after_s": 3.0},
             "postgresql": postgresql,
         }
         if self.parts.users.agent is not None:

@@ -158,6 +158,32 @@ def test_what_is_remembered() -> None:
     assert v.marks.revision == 60
 
 
+def test_an_answer_that_crossed_something_newer_is_no_store_that_went_back() -> None:
+    """A read was sent at revision 50, the watch told of 60 meanwhile, and the answer (55) comes after it."""
+    crossed = replace(seen(cluster(), 55), asked_at=50)
+    v = first(StoreSeen("L", ""), seen(cluster(), 50), seen(cluster(), 60, by_read=False))
+    v = step(v, [crossed], ME, FAST, T0)[0]
+    assert not distrust(v)
+    assert v.revision == v.marks.revision == 60
+    v = step(v, [replace(seen(cluster(), 55), asked_at=60)], ME, FAST, T0)[0]
+    assert "less than revision 60" in distrust(v)
+    v = step(v, [crossed], ME, FAST, T0)[0]
+    assert distrust(v)  # nor does it take a doubt away
+
+
+def test_what_the_fencer_knew_of_a_history_is_overruled_with_it() -> None:
+    """An accepted store: remembered on disk, raised with each acceptance, and kept by a node that restarts."""
+    ahead = fencer(highest=(7, 2))
+    v = first(StoreSeen("L", ""), seen(cluster(term=5), 50), ahead, Accepted(create=False))
+    assert v.marks == v.kept == Marks(overruled=7)
+    assert Remembered(v.marks).of_nothing
+    v, commands = step(v, [seen(cluster(term=5), 60)], ME, FAST, T0 + NS)
+    assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks(5, 60, "n1i-7", "L", 7)]
+    for disk in (Marks(5, 60, "n1i-7", "L", 7), Marks(5, 90, "n1i-7", "L", 7)):
+        again = first(seen(cluster(term=5), 80), StoreSeen("L", ""), Remembered(disk))
+        assert again.marks.overruled == 7
+
+
 @pytest.mark.parametrize("state", list(State))
 def test_nothing_is_promoted_by_a_distrusted_store(state: State) -> None:
     """I1, I4: no claim, no activation, no founding, no vacancy, whatever else holds."""
@@ -245,7 +271,7 @@ def test_an_acceptance_is_kept_on_disk_also_where_there_is_nothing_to_keep(creat
     """I2: else the damaged memory, or the old marks, would be distrusted again after the next restart."""
     v = first(Remembered(Marks(), "torn"), seen(None, 0), fencer())
     v, commands = step(v, [Accepted(create=create)], ME, FAST, T0 + NS)
-    assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks()]
+    assert [c.marks for c in commands if isinstance(c, Remember)] == [Marks(overruled=3)]
     _, commands = step(v, [], ME, FAST, T0 + 2 * NS)
     assert not [c for c in commands if isinstance(c, Remember)]
 

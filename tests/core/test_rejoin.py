@@ -190,6 +190,33 @@ def test_never_from_who_is_not_seen_leading(broken: str, value: dict[str, object
     assert c.ops == []
 
 
+def test_from_a_term_before_the_fencers_where_an_operator_has_given_that_history_up() -> None:
+    """The store was accepted with less than this node knew: its fencer's term is of what is given up, up to there."""
+    for overruled, ops in ((4, ["rejoin"]), (3, [])):
+        c = Following()
+        c.diverges()
+        c.set(highest=(4, 1))
+        c.view = msgspec.structs.replace(
+            c.view, marks=msgspec.structs.replace(c.view.marks, overruled=overruled)
+        )
+        c.do(8 * AFTER_S)
+        assert c.ops[:1] == ops
+
+
+def test_never_when_a_heartbeat_of_the_primary_is_overdue() -> None:
+    """W10, I2: it may be dead, and who looks at its data for that long is no candidate, and not heard."""
+    policy = Policy(rejoin_after_s=FAST.failover_timeout_s * 0.6)  # over before anything is stale
+    node = Following(policy)
+    node.diverges()
+    node.do(0.2)
+    node.beating = False
+    node.do(FAST.failover_timeout_s * 0.9)
+    assert not node.orders
+    node.beating = True
+    node.do(1)
+    assert node.ops == ["rejoin"]
+
+
 def test_never_while_the_primary_is_stale() -> None:
     c = Following()
     c.diverges()

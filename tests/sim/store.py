@@ -70,6 +70,7 @@ class Question:
     gives_up: int
     failed: Event
     keys: tuple[tuple[str, ...], ...]
+    asked_at: int = 0  # the newest revision that it had seen then
 
 
 class Store:
@@ -291,6 +292,7 @@ class Store:
         if link.requests or (link.lost and q.host.rng.random() < link.lost):
             self._unanswered(q)
         else:
+            q = replace(q, asked_at=q.host.view.marks.revision)
             self._world.at(self._world.network.delay(link, q.host.rng), self._asked, q)
 
     def _unanswered(self, q: Question) -> None:
@@ -305,15 +307,17 @@ class Store:
         if lost or self._world.now + delay > q.gives_up:
             self._unanswered(q)
         else:
-            self._world.at(delay, self._answered, q)
+            self._world.at(delay, self._answered, q, [self._look_up(q.host, key) for key in q.keys[0]])
 
-    def _answered(self, q: Question) -> None:
+    def _answered(self, q: Question, found: list[Entry | None]) -> None:
+        """It may cross what was written meanwhile, and told by the watch."""
         if q.host.life != q.life:
             return
-        # Looked up only now: on one connection no answer comes after what was written later (as the watch has it).
         periodic = isinstance(q.failed, RefreshDone)
-        for key in q.keys[0]:
-            e = self.event(key, self._look_up(q.host, key), by_read=True)
+        for key, entry in zip(q.keys[0], found, strict=True):
+            e = self.event(key, entry, by_read=True)
+            if isinstance(e, ClusterSeen):
+                e = replace(e, asked_at=q.asked_at)
             known = q.host.view.cluster
             news = isinstance(e, ClusterSeen) and (not known or not e.record or not _same(known, e.record))
             q.host.post(q.life, e, quiet=periodic and not news)
