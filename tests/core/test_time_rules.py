@@ -74,7 +74,12 @@ def test_the_local_half_starts_again(event: Event) -> None:
 
 
 def test_a_stamp_that_goes_backwards_starts_the_local_half_again() -> None:
-    assert not watched(5.0, MemberSeen("n2", member("n2"), 80, EPOCH))[1]
+    assert not watched(5.0, MemberSeen("n2", member("n2"), 86, EPOCH))[1]
+
+
+def test_an_answer_that_crossed_our_newer_record_is_no_clock_that_went_back() -> None:
+    """Else a read that crosses each of our own heartbeats would keep this node from ever seeing anyone stale."""
+    assert watched(5.0, MemberSeen("n2", member("n2"), 80, EPOCH))[1]
 
 
 def test_a_pause_of_our_own_proves_no_silence() -> None:
