@@ -82,7 +82,9 @@ def astray(v: View, me: Identity, *, is_stale: bool) -> bool:
     c, f = v.cluster, v.fencer
     if c is None or f is None or f.order is None or not rejoining(v):
         return False
-    return leads(v, me) == "vacant" or is_stale or c.term != f.order[0]
+    given_up = c.term < f.order[0] <= v.marks.overruled  # orders go on in the term that the fencer is at
+    another = v.order is not None and v.order.op == "rejoin" and v.order.primary != c.primary
+    return leads(v, me) == "vacant" or is_stale or another or (c.term != f.order[0] and not given_up)
 
 
 def why(v: View, now_ns: int) -> str:
