@@ -194,9 +194,8 @@ def _member_seen(v: View, e: MemberSeen, me: Identity, t: Timing, now_ns: int) -
         attempt = e.record.attempt if e.record is not None else ""
         r, out = register.read_done(v.own, attempt, e.revision, ours=True, now_ns=now_ns)
         v = own_outcome(replace(v, own=r), out, me, t, now_ns)
-        crossed = e.revision < v.member_revision.get(
-            me.node, 0
-        )  # an answer from before what the watch has told
+        # An answer from before what the watch has told since.
+        crossed = e.revision < v.member_revision.get(me.node, 0)
         if e.record is not None and e.stamp_ns != v.own_stamp_ns and not crossed:
             if e.stamp_ns < v.own_stamp_ns:
                 v = replace(v, silent_from_ns=now_ns)  # the store's clock went back
