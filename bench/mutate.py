@@ -66,6 +66,8 @@ RULES = [
      "o is not None and f is not None", "tests/core"),
     ("orders: sent again under their number", f"{CORE}/node.py",
      "        return o.generation\n    return (term, order + 1)", "        pass\n    return (term, order + 1)", "tests/core"),
+    ("orders: who follows another node is no standby yet", f"{CORE}/node.py", "v.fencer.following == primary", "True",
+     "tests/core/test_slots.py"),
     ("store: founding with the data that was accepted", f"{CORE}/observe.py", "f.system_identifier == v.may_found",
      "True", "tests/core/test_distrust.py"),
     ("timelines: each promotion its own", f"{CORE}/node.py", "v = replace(v, reserved=0)  # for this", "pass  # for this",

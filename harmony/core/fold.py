@@ -144,7 +144,7 @@ def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
         v = replace(v, ruling=ruling.fencer_seen(v.ruling, f, now_ns))
     o = v.order
     if o is not None and f.order == o.generation and f.order_state == "done" and not o.done_ns:
-        before = v.db is not None and v.db.db == "standby"
+        before = v.db is not None and v.db.db == "standby" and not o.again
         v = replace(v, order=replace(o, done_ns=now_ns), db=None if before else v.db)
         if o.op == "rejoin":
             v = replace(v, survey=None)  # neither pg_rewind nor a copy leaves a slot

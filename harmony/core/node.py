@@ -186,7 +186,8 @@ def _act(
             primary = target(v, me) if action in {"follow", "rejoin"} else None
             slot = primary is not None and slots.there(v, me)
             generation = _generation(v, op, primary, clean=clean, slot=slot)
-            sent = SentOrder(generation, op, now_ns, "", primary, clean, slot)
+            again = action == "follow" and v.fencer is not None and v.fencer.following == primary
+            sent = SentOrder(generation, op, now_ns, "", primary, clean, slot, again=again)
             order = Order(op, generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean, slot=slot)
             if action == "follow":
                 v = replace(v, follows=v.follows + 1)
@@ -205,7 +206,7 @@ def _act(
                 v = replace(v, reserved=0)  # for this promotion, and never again
             commands.append(order)
             v = replace(v, streams=0, unstreamed_ns=0)
-            return replace(v, order=sent, db=None, sick=Sickness(), note="")
+            return replace(v, order=sent, db=v.db if again else None, sick=Sickness(), note="")
 
 
 def _generation(v: View, op: OrderOp, primary: str | None, *, clean: bool, slot: bool) -> Gen:

@@ -105,6 +105,7 @@ class SentOrder(msgspec.Struct, frozen=True):
     clean: bool = False
     slot: bool = False
     done_ns: int = 0  # when the fencer was first seen to have carried it out
+    again: bool = False  # to follow whom it follows: PostgreSQL stays the standby that it is
 
 
 class Sickness(msgspec.Struct, frozen=True):

@@ -95,6 +95,20 @@ def test_the_order_says_whether_the_slot_is_there() -> None:
     assert (order.op, order.slot, order.reason[:7]) == ("follow", True, "row 717")
 
 
+def test_who_follows_the_same_node_through_another_slot_stays_a_standby() -> None:
+    """PostgreSQL only reads a setting anew: a switchover to it is not refused meanwhile."""
+    now = T0 + NS // 100
+    for following, expected in (("n1", "standby"), ("n3", "unknown")):
+        v, commands = step(watching({MINE: 1}, fencer=fencer(following=following).view), [], ME, FAST, T0)
+        (order,) = [c for c in commands if isinstance(c, Order)]
+        for state in ("running", "done"):
+            told = fencer(following=following, order=order.generation, order_op="follow", order_state=state)
+            v = fold(v, told, ME, FAST, now)
+            assert (_member_record(v, ME, FAST, now, "a").db, v.streams) == (expected, 0), (following, state)
+        down = fold(v, fencer(order=order.generation, postgres_up=False), ME, FAST, now)
+        assert _member_record(down, ME, FAST, now, "a").db == "down", "it was restarted for it"
+
+
 def test_an_order_with_another_slot_is_another_order() -> None:
     untaken = SentOrder((3, 2), "follow", T0, primary="n1")
     v = watching({}, order=untaken)
