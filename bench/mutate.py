@@ -352,6 +352,8 @@ RULES = [
      "        and f.spent", "tests/core"),
     ("budget: then it is handed over", f"{CORE}/fold.py", "not waited_for and sickness.within_budget(v, me, now_ns)",
      "not waited_for", "tests/core"),
+    ("sickness: a wait that ends is none", "harmony/agent/health.py", "since_ns if then == now else now_ns", "since_ns",
+     "tests/agent/test_health.py -k slept_in_between"),
     ("sickness: an error ends no symptom", f"{CORE}/sickness.py", "    if e.blind:\n", "    if False:\n", "tests/core"),
     ("budget: not with a synchronous standby", f"{CORE}/fold.py",
      "not waited_for and sickness.within_budget(v, me, now_ns)", "sickness.within_budget(v, me, now_ns)",

@@ -1,8 +1,9 @@
 """Whether PostgreSQL here is hung, or only busy: what an unprivileged process on its host can see of that.
 
 Beside the probe's question (probe.py): does the postmaster answer a greeting on its socket, is it stopped, does WAL get
-to the disk that somebody waits for, has it crashed and recovered by itself, is there room left. It decides nothing, and
-how long a symptom must last is the core's (core/sickness.py). Where allowed it writes a message into the WAL.
+to the disk that somebody waits for, does the disk answer who asks for a file, has it crashed and recovered by itself,
+is there room left. It decides nothing, and how long a symptom must last is the core's (core/sickness.py). Where allowed
+it writes a message into the WAL.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,7 +20,7 @@ from typing import Literal, TypeVar
 import trio
 
 from harmony.agent.probe import Probe, Target, Vitals
-from harmony.core.messages import DbSeen, DbSilent, HealthSeen
+from harmony.core.messages import DbSeen, DbSilent, HealthSeen, Symptom
 from harmony.core.timing import NS
 
 Greeting = Literal["answered", "full", "starting", "silent", "gone"]
@@ -29,6 +30,7 @@ DISK_S = 10.0
 STUCK_LOOKS = 2  # in a row with no WAL flushed that somebody waits for, before it is a symptom
 WAITING_LOOKS = 4  # in a row before the message is written, and before a wait for a standby is told
 IDLE_LOOKS = 10  # likewise where nobody waits for anything
+HELD_S = 5.0  # in one and the same wait for a file: no disk is that busy
 # The wire protocol's SSLRequest and StartupMessage, and an ErrorResponse's field C: SQLSTATEs, in no language.
 _SSL_REQUEST = struct.pack("!II", 8, 80877103)
 _PROTOCOL = 196608
@@ -59,6 +61,34 @@ class Errand:
         with trio.move_on_after(timeout_s):
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         return None
+
+
+def switches(pid: int) -> str:
+    """How often the process has left its core so far; "": not known, or it is not in an uninterruptible sleep now."""
+    if process_state(pid) != "D":
+        return ""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        return " ".join(line for line in status if "ctxt_switches" in line)
+    return ""
+
+
+class Held:
+    """Who waits for a disk in one and the same system call: who has slept in between has got something from it."""
+
+    def __init__(self, look: Callable[[int], str] = switches) -> None:
+        self._look = look
+        self._since: dict[int, tuple[str, int]] = {}
+
+    def longest_s(self, pids: Iterable[int], now_ns: int) -> float:
+        """The longest such wait of these, as far as it was seen."""
+        before, self._since = self._since, {}
+        for pid in pids:
+            now = self._look(pid)
+            if now:
+                then, since_ns = before.get(pid, ("", now_ns))
+                self._since[pid] = (now, since_ns if then == now else now_ns)
+        return max(((now_ns - since) / NS for _, since in self._since.values()), default=0.0)
 
 
 class Greeter:
@@ -155,6 +185,7 @@ class Signs:
     process: str = ""
     disk_wait: bool = False
     notes: tuple[str, ...] = ()
+    held_s: float = 0.0  # the longest wait for a file that is still the same
 
 
 class Diagnosis:
@@ -183,7 +214,7 @@ class Diagnosis:
         blind = s.vitals is None and not symptom and s.greeting != "gone"
         return HealthSeen(asked_ns, symptom, why, blind, crashed, "; ".join(notes))
 
-    def _symptom(self, s: Signs) -> tuple[Literal["", "silent", "closed", "stopped", "stalled"], str]:
+    def _symptom(self, s: Signs) -> tuple[Symptom, str]:
         if s.process in {"T", "t"}:
             return "stopped", "its postmaster was stopped by a signal (state T) and lets nobody in"
         if s.vitals is None:
@@ -198,6 +229,8 @@ class Diagnosis:
             return "closed", "old sessions are answered, and its postmaster lets no new one in"
         if self.stuck >= STUCK_LOOKS:
             return "stalled", "sessions wait for WAL to be flushed, and its position stands still"
+        if s.held_s >= HELD_S:
+            return "hung", f"one of its files was asked for, and the disk has not answered for {HELD_S:g} s"
         return "", ""
 
     def _count(self, vitals: Vitals | None) -> bool:
@@ -226,6 +259,7 @@ class Health:
         self._probe = probe
         self._greeter = Greeter(target)
         self._diagnosis = Diagnosis()
+        self._held = Held()
         self._data_dir = Path(data_dir)
         self._write_probe: WriteProbe = write_probe
         self._disk_free_mb = disk_free_mb
@@ -255,7 +289,9 @@ class Health:
         disk_wait = (vitals is None or self._diagnosis.stuck > 0) and waiting_for_disk(postmaster)
         notes = tuple(n for n in (self._low, self._failed) if n)
         refused = self._probe.refused if vitals is None else ""
-        seen = self._diagnosis.judge(Signs(vitals, refused, greeting, process, disk_wait, notes), asked_ns)
+        held_s = self._held.longest_s(vitals.file_waiters if vitals is not None else (), asked_ns)
+        signs = Signs(vitals, refused, greeting, process, disk_wait, notes, held_s)
+        seen = self._diagnosis.judge(signs, asked_ns)
         if isinstance(answer, DbSeen) and answer.db == "primary" and self._suspicious():
             failed = await self._writing.run(self._probe.write, timeout_s)
             self._failed = failed if failed is not None else self._failed

@@ -27,15 +27,17 @@ SELECT pg_is_in_recovery(),
        (SELECT system_identifier::text FROM pg_control_system()),
        wal_waiters, sync_waiters, sessions,
        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int,
-       pg_postmaster_start_time()::text, checkpointer,
+       pg_postmaster_start_time()::text, checkpointer, file_waiters,
        current_setting('synchronous_standby_names'),
        COALESCE((SELECT json_agg(json_build_array(application_name, sync_priority > 0, flush_lsn - '0/0'::pg_lsn))
                    FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]')
   FROM (SELECT count(*) FILTER (WHERE lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
                count(*) FILTER (WHERE wait_event = 'SyncRep'),
                count(*) FILTER (WHERE backend_type = 'client backend'),
-               max(backend_start) FILTER (WHERE backend_type = 'checkpointer')::text
-          FROM pg_stat_activity) AS a (wal_waiters, sync_waiters, sessions, checkpointer)
+               max(backend_start) FILTER (WHERE backend_type = 'checkpointer')::text,
+               (array_agg(pid ORDER BY query_start, pid)
+                FILTER (WHERE wait_event LIKE 'DataFile%' AND wait_event NOT LIKE '%Sync'))[:64]
+          FROM pg_stat_activity) AS a (wal_waiters, sync_waiters, sessions, checkpointer, file_waiters)
 """
 # The least that proves a flush to this disk and to nobody else's: a commit that waits for no standby.
 _MESSAGE = "SELECT pg_logical_emit_message(true, 'harmony', '')"
@@ -63,6 +65,7 @@ class Vitals:
     limit: int = 0  # of them, for who is no superuser
     postmaster_born: str = ""
     checkpointer_born: str = ""
+    file_waiters: tuple[int, ...] = ()  # pids that read or write a file of the database; at most 64
 
 
 class Probe:
@@ -104,7 +107,7 @@ class Probe:
         if row is None:
             return DbSilent("PostgreSQL gave no row")
         recovering, received, replayed, timeline, streaming, system_identifier, *rest = row
-        wal, sync, sessions, limit, postmaster, checkpointer, names, senders = rest
+        wal, sync, sessions, limit, postmaster, checkpointer, waiters, names, senders = rest
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
         self.vitals = Vitals(
@@ -115,6 +118,7 @@ class Probe:
             _number(limit),
             str(postmaster or ""),
             str(checkpointer or ""),
+            tuple(waiters) if isinstance(waiters, list) else (),
         )
         return DbSeen(
             db="standby" if recovering else "primary",

@@ -16,8 +16,9 @@ from harmony.records import ClusterState, Control, Member
 
 Db = Literal["down", "standby", "primary", "unknown"]
 OrderOp = Literal["activate", "fence", "follow", "rejoin"]
-# silent: gives no answer; closed: lets nobody in; stopped: by a signal; stalled: WAL does not get to the disk
-Symptom = Literal["", "silent", "closed", "stopped", "stalled"]
+# silent: gives no answer; closed: lets nobody in; stopped: by a signal; stalled: WAL does not get to the disk;
+# hung: a process has asked for a file of the database, and the kernel does not answer
+Symptom = Literal["", "silent", "closed", "stopped", "stalled", "hung"]
 Gen = tuple[int, int]  # (term, order), as the fencer compares them
 
 

@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from harmony.agent.health import (
+    HELD_S,
     IDLE_LOOKS,
     STUCK_LOOKS,
     WAITING_LOOKS,
@@ -26,6 +27,7 @@ from harmony.agent.health import (
     Errand,
     Greeter,
     Health,
+    Held,
     Signs,
     WriteProbe,
     process_state,
@@ -33,9 +35,11 @@ from harmony.agent.health import (
 from harmony.agent.probe import Probe, Target, Vitals
 from harmony.agent.shell import boot_ns
 from harmony.core.messages import HealthSeen
+from harmony.core.timing import NS
 from harmony.demo import procs
 from harmony.demo.cluster import Cluster, make_base
 from harmony.demo.databases import _program, make_databases
+from tests import disk
 
 TIMEOUT_S = 0.5
 WELL = Vitals(1000, postmaster_born="p1", checkpointer_born="c1")
@@ -78,6 +82,8 @@ def test_wal_that_moves_is_no_stall() -> None:
         (Signs(WELL, "", "answered", "S"), ""),
         (Signs(WELL, "", "answered", "T"), "stopped"),
         (Signs(None, "", "silent", "T"), "stopped"),
+        (Signs(WELL, held_s=HELD_S - 0.1), ""),
+        (Signs(WELL, held_s=HELD_S), "hung"),
     ],
 )
 def test_symptoms(signs: Signs, symptom: str) -> None:
@@ -104,6 +110,20 @@ def test_used_up_connections_are_told() -> None:
     """Busy: no symptom."""
     found = Diagnosis().judge(Signs(replace(WELL, sessions=97, limit=97)), 0)
     assert (found.symptom, "all 97 connections" in found.note) == ("", True)
+
+
+def test_who_has_slept_in_between_was_answered() -> None:
+    """W10: a process that is found waiting at every look is busy, unless it is the same wait each time."""
+    seen = {7: "1", 8: "1"}
+    held = Held(lambda pid: seen[pid])
+    assert held.longest_s((7, 8), 0) == 0.0
+    assert held.longest_s((7, 8), 3 * NS) == 3.0
+    seen[7] = "2"
+    assert held.longest_s((7,), 4 * NS) == 0.0
+    assert held.longest_s((7,), 6 * NS) == 2.0
+    assert held.longest_s((7, 8), 7 * NS) == 3.0, "8 was not waiting at the look before"
+    seen[7] = ""
+    assert held.longest_s((7,), 8 * NS) == 0.0, "it runs"
 
 
 @pytest.fixture
@@ -412,6 +432,35 @@ async def test_an_idle_server_is_written_to_only_where_that_is_wanted(patient: P
     assert not await grows("off")
     assert not await grows("suspicion")
     assert await grows("always")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(bool(disk.why_not()), reason=disk.why_not())
+async def test_a_disk_of_data_that_hangs(patient: Patient) -> None:
+    """That of the WAL is well, the probe is answered, others write: and one session gets nothing from its file."""
+    at = patient.node.folder / "disk"
+    with disk.mended_at_the_end(at):
+        disk.make(patient.cluster.base / "slow.img", at, 200)
+        os.chown(at, patient.node.data_dir.stat().st_uid, -1)
+        patient.sql(f"CREATE TABLESPACE slow LOCATION '{at}'")
+        patient.sql("CREATE TABLE there (n int) TABLESPACE slow")
+        fill = "INSERT INTO there SELECT generate_series(1, 20000)"
+        with psycopg.connect(f"{patient.where} user=postgres") as gate:
+            gate.execute("SELECT pg_advisory_lock(7)")
+            thread = patient.beside(fill, "SELECT pg_advisory_lock(7)", fill)  # its files are open
+            await patient.until(lambda _: patient.sql("SELECT 1 FROM pg_locks WHERE NOT granted") != [])
+            disk.freeze(at, True)
+        began = time.monotonic()
+        seen = await patient.until(lambda s: s.symptom != "", 20)
+        assert (seen.symptom, "has not answered" in seen.why) == ("hung", True)
+        assert time.monotonic() - began > HELD_S
+        other = patient.beside("INSERT INTO harmony_demo_probe VALUES (1)")
+        await patient.always(lambda s: s.symptom == "hung", 1.0)
+        assert not other.is_alive()
+        disk.freeze(at, False)
+        thread.join(20)
+        await patient.until(lambda s: s.symptom == "")
+        patient.sql("DROP TABLE there", "DROP TABLESPACE slow")
 
 
 @pytest.mark.real

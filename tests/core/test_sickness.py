@@ -35,7 +35,7 @@ class Sick(Leading):
 
     def ail(self, symptom: Symptom = "silent") -> None:
         self.symptom = symptom
-        self.writable = symptom in {"stalled", "stopped"}
+        self.writable = symptom in {"stalled", "stopped", "hung"}
 
     @property
     def fenced(self) -> bool:
@@ -72,7 +72,7 @@ class Sick(Leading):
             self.do(1.0)
 
 
-@pytest.mark.parametrize("symptom", ["silent", "closed", "stopped", "stalled"])
+@pytest.mark.parametrize("symptom", ["silent", "closed", "stopped", "stalled", "hung"])
 def test_a_hung_primary_hands_over_after_the_patience(symptom: Symptom) -> None:
     """I5: not before; then it is fenced, and the place is vacated for who can take it."""
     p = Sick(PATIENT)
@@ -104,10 +104,11 @@ def test_busy_is_not_sick() -> None:
     assert p.fenced
 
 
-def test_a_stopped_postmaster_is_sick_whatever_its_old_sessions_write() -> None:
-    """WAL that flows does not let a new client in."""
+@pytest.mark.parametrize("symptom", ["stopped", "closed", "hung"])
+def test_sick_whatever_the_other_sessions_write(symptom: Symptom) -> None:
+    """WAL that flows lets no new client in below a stopped postmaster, and makes no disk answer."""
     p = Sick(PATIENT)
-    p.ail("stopped")
+    p.ail(symptom)
     for n in range(12):
         p.say("n3", received_lsn=1001 + n)
         p.do(1.0)

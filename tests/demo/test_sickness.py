@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +20,11 @@ from harmony.demo import procs
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster
 from harmony.demo.databases import Node
+from tests import disk
 from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
+needs_a_disk = pytest.mark.skipif(bool(disk.why_not()), reason=disk.why_not())
 PATIENCE_S = 3.0
 
 
@@ -123,61 +123,31 @@ class OnDisk(Impatient):
 
     def lay_out(self) -> None:
         super().lay_out()
-        (self.nodes["n1"].folder / "disk").mkdir()
-        disk = self.nodes["n1"].folder / "disk"
-        image = self.base / "n1.img"
-        with image.open("wb") as file:
-            file.truncate(600 << 20)
-        run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(image)])
-        run(["mount", "-o", "loop", str(image), str(disk)])
+        self.mounted = ExitStack()
+        at = self.nodes["n1"].folder / "disk"
+        self.mounted.enter_context(disk.mended_at_the_end(at))
+        disk.make(self.base / "n1.img", at, 600)
 
     def stop(self) -> list[psutil.Process]:
         left = super().stop()
-        disk = self.nodes["n1"].folder / "disk"
-        if disk.is_mount():
-            run(["umount", str(disk)])
+        self.mounted.close()
         return left
-
-
-def run(argv: list[str]) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@contextmanager
-def mended_at_the_end() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that mends and takes away the disk it is told of, when this one closes its input or dies."""
-    script = 'read disk; cat >/dev/null; fsfreeze --unfreeze "$disk"; umount -l "$disk"'
-    keeper = subprocess.Popen(
-        ["sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        yield keeper
-    finally:
-        assert keeper.stdin is not None
-        keeper.stdin.close()
-        keeper.wait(20)
 
 
 @contextmanager
 def led_on_a_disk() -> Iterator[tuple[Running, Path]]:
     """A cluster whose primary, n1, has a disk of its own, and where that is."""
-    with mended_at_the_end() as keeper, under_load(OnDisk) as running:
-        disk = running.cluster.nodes["n1"].folder / "disk"
-        assert keeper.stdin is not None
-        keeper.stdin.write(f"{disk}\n".encode())
-        keeper.stdin.flush()
+    with under_load(OnDisk) as running:
         running.until("n1 leads", lambda: leader(running) == "n1")
-        yield running, disk
+        yield running, running.cluster.nodes["n1"].folder / "disk"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a disk that hangs needs root")
-@pytest.mark.skipif(shutil.which("fsfreeze") is None, reason="no fsfreeze (util-linux)")
+@needs_a_disk
 def test_a_disk_that_hangs() -> None:
     """Who waits for it cannot be killed: no proof, yet nothing of it ever runs again, and another leads meanwhile."""
-    with led_on_a_disk() as (running, disk):
+    with led_on_a_disk() as (running, at):
         began = boottime_ns()
-        run(["fsfreeze", "--freeze", str(disk)])
+        disk.freeze(at, True)
         try:
             running.until("another accepts writes", lambda: others_write(running, "n1", began), 20)
             assert "killed, though not gone" in log(running, "n1")
@@ -188,7 +158,7 @@ def test_a_disk_that_hangs() -> None:
             ]
             assert held, "the disk hangs all the while"
         finally:
-            run(["fsfreeze", "--unfreeze", str(disk)])
+            disk.freeze(at, False)
         new = leader(running)
         running.until("n1 follows", lambda: streams(running, new) == 2, 60)
         assert running.check(began, new) < PATIENCE_S + 8
@@ -238,12 +208,12 @@ def test_busy_is_not_sick() -> None:
 
 
 @slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+@needs_a_disk
 def test_a_disk_that_is_full() -> None:
     """WAL finds no room: PostgreSQL panics. Another leads, and when there is room again the old one follows."""
-    with led_on_a_disk() as (running, disk):
+    with led_on_a_disk() as (running, at):
         began = boottime_ns()
-        filler = disk / "filler"
+        filler = at / "filler"
         with filler.open("wb") as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"x" * (1 << 20))
