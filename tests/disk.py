@@ -23,8 +23,8 @@ def run(argv: list[str]) -> None:
 
 
 def make(image: Path, disk: Path, megabytes: int) -> None:
-    """`disk`, which is not there yet, has a file system of its own."""
-    disk.mkdir()
+    """The folder `disk`, made where it is missing, has a file system of its own."""
+    disk.mkdir(exist_ok=True)
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
     run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(image)])

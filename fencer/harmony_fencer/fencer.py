@@ -81,9 +81,8 @@ class Fencer:
         self._effects = Effects(self._effect_ended)
         self._primary = Primary(self._engine, self._save_lease)
         self._standby = Standby(config, self, self._engine, self._clock, self.watchdog, self._must_be_gone)
-        # From before a promotion until a proven fence. A promotion that was cancelled, or whose fencer
-        # died, may still complete: standby.signal alone does not prove that nothing can write. Nor does a
-        # newer order that was accepted after it and never carried out.
+        # From before a promotion until a proven fence: one that was cancelled, or whose fencer died, may still
+        # complete, whatever standby.signal says; so may one before a newer order that was never carried out.
         order = self._order
         self._may_write = order is not None and (order.op == "activate" or order.state != "done")
         self._rearm = trio.Event()
@@ -113,6 +112,7 @@ class Fencer:
         if order is not None and order.state == "running":
             self._order = msgspec.structs.replace(order, state="preempted", detail="the fencer restarted")
         nursery.start_soon(self._learn)
+        nursery.start_soon(self._ledger.catch_up, self._bell.ring)
 
     async def _carry_on(self) -> None:
         log.info("carrying on under the lease", generation=str(self._active))

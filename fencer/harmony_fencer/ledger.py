@@ -1,7 +1,8 @@
 """The fencer's memory: what it keeps on disk, and in memory never ahead of the disk (I3). It decides nothing.
 
 The state and the latch are durable in state_dir; the lease and a witness of the generation are in run_dir,
-for this boot. A disk that fails or does not answer in time makes the state *untrusted*.
+for this boot. A disk that fails makes the state *untrusted*; so does one that does not answer a fence in time, until it
+has taken all that it missed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Ledger:
         self._changing = trio.Lock()
         # One writing thread at a time, abandoned ones included: an older content never lands after a newer.
         self._writing = trio.CapacityLimiter(1)
+        self._missed = trio.Event()
         self.state, self.untrusted = load_state(config)
         self.latch = states.latch(self._folder)
         self._permit = adopt.load(self._run)
@@ -58,10 +60,12 @@ class Ledger:
         """
         with patience or trio.move_on_after(self._patience_s):
             async with self._changing:
-                new = change(self.state)
+                before = self.state
+                new = change(before)
                 if not self.untrusted:  # else there is nothing on disk to keep right
                     await in_thread(lambda: states.write(self._folder, new, disk=self._disk), self._writing)
-                self.state = new
+                # A fence that would not wait for this disk may have been accepted in memory meanwhile.
+                self.state = new if self.state is before else change(self.state)
                 return
         raise TimeoutError(f"the disk of {self._folder} did not answer in time")
 
@@ -71,7 +75,7 @@ class Ledger:
         """Make a new order, its generation and its latch durable: "", or why the order is refused.
 
         A fence (`patience` None) is never refused for a broken disk: it is remembered in memory and by its
-        witness, and nothing is activated until a restart has found the disk repaired.
+        witness, and nothing is activated until the disk has it, or a restart has found the disk repaired.
         """
 
         def newest(s: states.State) -> states.State:
@@ -85,15 +89,46 @@ class Ledger:
             if patience is not None:
                 log.error("the state could not be made durable; order refused", why=str(e))
                 return f"{self._folder}: {e}"
-            self.distrust(str(e))
+            if isinstance(e, TimeoutError) and not self.untrusted:
+                self.untrusted = f"{e}; it is trusted again when it has kept the newest order"
+                self._missed.set()
+            self.untrusted = self.untrusted or f"{self._folder}: {e}; repair the disk and restart Harmony"
             self.state = newest(self.state)
             log.error("the state could not be made durable; fencing all the same", why=str(e))
         self.testify()
         return ""
 
-    def distrust(self, why: str) -> None:
-        """From here on fences only, until a restart."""
-        self.untrusted = self.untrusted or f"{self._folder}: {why}; repair the disk and restart Harmony"
+    async def catch_up(self, tell: Callable[[], None]) -> None:
+        """For ever: give a disk that did not answer in time what it missed, and trust it when it has all of that.
+
+        `tell` is called then. A write that fails leaves it untrusted, until a restart.
+        """
+        while True:
+            await self._missed.wait()
+            self._missed = trio.Event()
+            try:
+                await self._write_all()
+            except OSError as e:
+                self.untrusted = f"{self._folder}: {e}; repair the disk and restart Harmony"
+                log.error("the disk was slow, and now it fails", why=str(e))
+                continue
+            self.untrusted = ""
+            log.warning("the disk has kept what it was too slow for, and is trusted again")
+            tell()
+
+    async def _write_all(self) -> None:
+        """Return when state and latch are on disk as they are in memory. Raises OSError."""
+        while True:
+            state, latch = self.state, self.latch
+
+            def write(state: states.State = state, latch: Latch | None = latch) -> None:
+                if latch is not None and self.latch is latch:
+                    states.set_latch(self._folder, latch, disk=self._disk)
+                states.write(self._folder, state, disk=self._disk)
+
+            await in_thread(write, self._writing)
+            if self.state is state and self.latch is latch:
+                return
 
     def testimony(self) -> bytes:
         """The witness of the highest generation, as it stands in the data directory."""

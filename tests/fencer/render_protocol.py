@@ -348,7 +348,7 @@ def _limits() -> list[str]:
         (
             "the disk of a fence",
             f"`fence_timeout_s` × {PATIENCE_SHARE:g}",
-            "slower: fenced all the same, and untrusted from then on",
+            "slower: fenced all the same, and untrusted until the disk has kept it",
         ),
     ]
     lines = ["| what | limit | beyond it |", "| --- | --- | --- |"]

@@ -32,8 +32,9 @@ from harmony_fencer import durable, protocol
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.ledger import Ledger
+from harmony_fencer.ledger import Ledger, load_state
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
+from tests import disk as disks
 from tests.fencer.fakes import HeldDisk, configuration
 from tests.fencer.node import FENCE_S, LEASE_S, Node, memory_folder
 
@@ -550,12 +551,137 @@ async def test_an_abandoned_unfence_does_not_take_a_newer_latch_away(config: Fen
     assert states.latch(folder) == NEW_LATCH
 
 
+FENCE = OrderRecord(Generation(9, 4), "operator_fence", None, "running")
+
+
+@pytest.mark.parametrize(
+    ("latch", "call"), [(None, "write"), (NEW_LATCH, "create"), (NEW_LATCH, "sync_folder")]
+)
+async def test_a_disk_that_was_slow_for_a_fence_is_trusted_when_it_has_it(
+    config: FencerConfig, latch: Latch | None, call: str
+) -> None:
+    """I3, I6: the fence does not wait for it. No node stays out because its disk once took a second to answer."""
+    disk, told = HeldDisk(), trio.Event()
+    ledger = Ledger(config, "boot", disk=disk)
+    disk.hold = frozenset({call})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.catch_up, told.set)
+        assert await ledger.accept(FENCE, latch, None) == ""
+        assert "trusted again when" in ledger.untrusted
+        await trio.sleep(0.05)
+        assert not told.is_set()
+        assert (ledger.state.highest, ledger.latch) == (FENCE.generation, latch)
+        newer = msgspec.structs.replace(FENCE, generation=Generation(9, 5))
+        assert await ledger.accept(newer, None, None) == "", "nor does the next one"
+        disk.hold = frozenset()
+        disk.release()
+        with trio.fail_after(5):
+            await told.wait()
+        nursery.cancel_scope.cancel()
+    assert ledger.untrusted == ""
+    on_disk, why = load_state(config)
+    assert (on_disk.order, why) == (newer, "")
+    assert states.latch(Path(config.state_dir)) == latch == ledger.latch
+
+
+async def test_a_latch_that_came_to_nothing_is_set_before_the_disk_is_trusted(config: FencerConfig) -> None:
+    """Its first write was given up and has failed since, unseen."""
+
+    class FailsOnce(HeldDisk):
+        broken = True
+
+        def create(self, path: Path) -> int:
+            fd = super().create(path)
+            if self.broken:
+                self.broken = False
+                os.close(fd)
+                raise OSError(errno.EIO, "broken by the test")
+            return fd
+
+    disk = FailsOnce()
+    ledger = Ledger(config, "boot", disk=disk)
+    disk.hold = frozenset({"create"})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.catch_up, lambda: None)
+        assert await ledger.accept(FENCE, NEW_LATCH, None) == ""
+        disk.hold = frozenset()
+        disk.release()
+        await until(lambda: not ledger.untrusted)
+        nursery.cancel_scope.cancel()
+    assert not disk.broken
+    assert states.latch(Path(config.state_dir)) == NEW_LATCH
+
+
+async def test_a_disk_that_fails_after_it_was_slow_is_not_trusted(config: FencerConfig) -> None:
+    """Until a restart: who knows what else it has lost."""
+    disk = HeldDisk()
+    ledger = Ledger(config, "boot", disk=disk)
+    disk.hold = frozenset({"write"})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.catch_up, lambda: None)
+        assert await ledger.accept(FENCE, None, None) == ""
+        disk.fail = frozenset({"create", "write"})
+        disk.release()
+        await until(lambda: "restart Harmony" in ledger.untrusted)
+        disk.fail = disk.hold = frozenset()
+        await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+    assert "restart Harmony" in ledger.untrusted
+
+
+async def test_a_fence_that_overtakes_a_slow_write_is_not_forgotten(config: FencerConfig) -> None:
+    """I3: what the slow one brings is a change of what is newest when it lands."""
+    disk = HeldDisk()
+    ledger = Ledger(config, "boot", disk=disk)
+    disk.hold = frozenset({"fsync"})
+
+    def ended(s: states.State) -> states.State:
+        return msgspec.structs.replace(s, following="n2")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.catch_up, lambda: None)
+        nursery.start_soon(ledger.persist, ended, trio.CancelScope())
+        await until(lambda: disk.waiting)
+        assert await ledger.accept(FENCE, None, None) == ""
+        disk.hold = frozenset()
+        disk.release()
+        await until(lambda: not ledger.untrusted)
+        nursery.cancel_scope.cancel()
+    on_disk, _ = load_state(config)
+    assert (on_disk.highest, on_disk.following) == (FENCE.generation, "n2")
+    assert ledger.state == on_disk
+
+
 # ---------------------------------------------------------------- real processes
 
 
 def refused(reply: protocol.Reply) -> str:
     assert isinstance(reply, protocol.Refusal), reply
     return reply.error
+
+
+@pytest.mark.real
+@pytest.mark.skipif(bool(disks.why_not()), reason=disks.why_not())
+def test_a_node_whose_disk_was_slow_is_back_by_itself(node: Node) -> None:
+    """The disk of state_dir hangs for a moment: fenced all the same, and activated when it answers."""
+    with disks.mended_at_the_end(node.state):
+        disks.make(node.top / "state.img", node.state, 16)
+        try:
+            node.start()
+            node.make_writable(5, 1)
+            disks.freeze(node.state, True)
+            assert node.fence(5, 2).state == "done"
+            assert not node.pids()
+            assert "did not answer in time" in node.status().trust_detail
+            assert refused(node.activate(6, 1)) == "untrusted_state"
+            disks.freeze(node.state, False)
+            node.wait(lambda: node.status().trusted, "trusted again")
+            node.make_writable(6, 1)
+            node.kill_fencer()
+            node.start()
+            assert node.status().highest == Generation(6, 1)
+        finally:
+            node.destroy()
 
 
 def fenced_and_untrusted(node: Node, *words: str) -> None:

@@ -496,6 +496,9 @@ class Bench:
                 f"I3: the highest generation fell from {max(self.seen, k.highest)} to {status.highest}"
             )
         self.seen = max(self.seen, status.highest)
+        if k.untrusted and status.trusted:  # its disk was slow, and has all of it now
+            k.on_disk, k.newest_on_disk, k.latch_on_disk = k.highest, k.newest, k.latched
+            self.lost.clear()
         k.untrusted = not status.trusted
         deadline_ns = status.lease_deadline_boottime_ns
         if deadline_ns is not None and deadline_ns > now_ns + LEASE_NS:
