@@ -186,7 +186,8 @@ def _act(
             primary = target(v, me) if action in {"follow", "rejoin"} else None
             slot = primary is not None and slots.there(v, me)
             generation = _generation(v, op, primary, clean=clean, slot=slot)
-            again = action == "follow" and v.fencer is not None and v.fencer.following == primary
+            following = v.fencer.following if v.fencer is not None else None
+            again = action == "follow" and following == primary is not None
             sent = SentOrder(generation, op, now_ns, "", primary, clean, slot, again=again)
             order = Order(op, generation, f"row {d.row}: {d.why}"[:500], primary, clean=clean, slot=slot)
             if action == "follow":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from msgspec.structs import replace
 
@@ -107,6 +109,15 @@ def test_who_follows_the_same_node_through_another_slot_stays_a_standby() -> Non
             assert (_member_record(v, ME, FAST, now, "a").db, v.streams) == (expected, 0), (following, state)
         down = fold(v, fencer(order=order.generation, postgres_up=False), ME, FAST, now)
         assert _member_record(down, ME, FAST, now, "a").db == "down", "it was restarted for it"
+
+
+def test_who_becomes_a_standby_of_nobody_is_not_yet_known_to_be_one() -> None:
+    """Where the place is vacant PostgreSQL follows nobody, before the order and after it: that is not the same."""
+    before = fencer(following=None, is_standby=False).view
+    vacant = watching({}, cluster=cluster(primary=None), fencer=before)
+    v, commands = step(vacant, [], dataclasses.replace(ME, nofailover=True), FAST, T0)
+    (order,) = [c for c in commands if isinstance(c, Order)]
+    assert (order.op, order.primary, v.db) == ("follow", None, None)
 
 
 def test_an_order_with_another_slot_is_another_order() -> None:
