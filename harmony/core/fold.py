@@ -139,7 +139,8 @@ def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:
 
 
 def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
-    v = replace(v, fencer=f, fencer_silent="")
+    untrusted_ns = 0 if f.trusted else v.untrusted_ns or now_ns
+    v = replace(v, fencer=f, fencer_silent="", untrusted_ns=untrusted_ns)
     if v.ruling is not None:
         v = replace(v, ruling=ruling.fencer_seen(v.ruling, f, now_ns))
     o = v.order
@@ -152,10 +153,7 @@ def _fencer_seen(v: View, f: FencerView, me: Identity, now_ns: int) -> View:
         # Down while its lease is in force: it died by itself, nobody fenced it.
         died = v.state in WRITABLE_STATES and f.active is not None and not f.fence_proven
         if died and not v.postgres_failed:
-            v = sickness.crashed(v, now_ns)
-            # A synchronous standby takes over at once and loses nothing; an asynchronous one may.
-            waited_for = v.cluster is not None and v.cluster.sync_count > 0
-            v = replace(v, restart=not waited_for and sickness.within_budget(v, me, now_ns))
+            v = sickness.died(v, me, now_ns)
         v = replace(v, db=None, sick=Sickness(), postgres_failed=v.postgres_failed or died)
     return v
 

@@ -51,7 +51,8 @@ from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Member
 HANDOVER_PAUSES = 10  # times failover_timeout, before a hand-over that nobody asked for is tried again
 KEEP_NS = 10 * NS  # how old the marks on disk may grow; a new term is kept at once
 MAX_LOSSES = 8
-START_FAILED = frozenset({406, 808})  # rows
+RESTART_FAILED = 406  # rows
+START_FAILED = frozenset({RESTART_FAILED, 808})
 SICK = frozenset({211, 405, 807, 911})
 MAX_CHANGES = 32
 
@@ -136,6 +137,8 @@ def _apply(
             v = replace(v, successor=None, request="", checkpoint="")
         if d.row in START_FAILED | SICK:
             v = replace(v, postgres_failed=True, restart=False)
+            if d.row == RESTART_FAILED and o.restart_here:
+                v = sickness.died(v, me, now_ns)
     if d.next is not v.state:
         v = replace(v, entered=(row, why))
     v = replace(v, state=d.next, row=row, why=why)

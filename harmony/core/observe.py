@@ -396,6 +396,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and f.spent
         and f.active is None
         and f.highest >= highest(v),
+        untrusted_long=v.untrusted_ns > 0 and now_ns - v.untrusted_ns > t.failover_ns,
         restart_here=v.restart,
         other_slot=slots.change(v, me, t, now_ns),
     )

@@ -43,7 +43,7 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
         return ""
     if db.timeline < c.timeline:
         return f"it stays on timeline {db.timeline}, {c.primary} is on {c.timeline}"
-    if db.received_lsn > c.lsn:
+    if db.received_lsn > c.lsn and c.status in WRITABLE_STATES:  # else the primary has not told what it has
         return f"it has WAL that {c.primary} does not have"
     if now_ns - v.unstreamed_ns >= REJOIN_PATIENCE * me.policy.rejoin_after_ns:
         return f"it does not stream from {c.primary}"

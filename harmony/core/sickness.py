@@ -53,6 +53,16 @@ def crashed(v: View, now_ns: int) -> View:
     return replace(v, crashes=(*v.crashes, now_ns)[-MAX_CRASHES:])
 
 
+def died(v: View, me: Identity, now_ns: int) -> View:
+    """PostgreSQL died under us, or its restart in place failed: whether the next answer to that is a restart in place.
+
+    A synchronous standby takes over at once and loses nothing; an asynchronous one may.
+    """
+    v = replace(v, crashes=(*v.crashes, now_ns)[-MAX_CRASHES:])
+    waited_for = v.cluster is not None and v.cluster.sync_count > 0
+    return replace(v, restart=not waited_for and within_budget(v, me, now_ns))
+
+
 def within_budget(v: View, me: Identity, now_ns: int) -> bool:
     """Whether the crashes so far are not more than may be answered by a restart in place."""
     return _recent(v, me, now_ns) <= me.policy.restart_budget

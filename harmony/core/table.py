@@ -89,6 +89,7 @@ class Observation:
     unwell: str = ""  # a symptom that has not outlasted the patience
     heir: bool = False  # a live standby that is allowed to take over, certainly, once the place is vacant
     spent: bool = False  # what a fence has left of PostgreSQL runs no more, though it is not gone
+    untrusted_long: bool = False  # the fencer's memory, for longer than failover_timeout
     restart_here: bool = False  # PostgreSQL died, and is to be restarted in place
     other_slot: bool = False  # PostgreSQL should stream through its slot and does not, or cannot and tries to
 
@@ -152,7 +153,7 @@ def _must_vacate(o: Observation) -> bool:
         and not o.distrust
         and (
             o.latched
-            or not o.trusted
+            or (not o.trusted and (o.untrusted_long or not o.restart_here))
             or o.term_behind
             or (o.peer_ready and (o.flapping or (o.postgres_failed and not o.restart_here)))
         )

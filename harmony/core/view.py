@@ -193,6 +193,7 @@ class View(msgspec.Struct, frozen=True):
     # the world on this host
     fencer: FencerView | None = None
     fencer_silent: str = "not asked yet"
+    untrusted_ns: int = 0  # since when the fencer's memory is not trusted; 0: it is
     db: DbSeen | None = None
     db_ns: int = 0
     order: SentOrder | None = None

@@ -11,7 +11,7 @@ import pytest
 from harmony.core.messages import DbSeen, MemberSeen, Order, Read, Refresh, RefreshDone, Write, WriteDone
 from harmony.core.node import initial, step
 from harmony.core.observe import observe, standing
-from harmony.core.rejoin import FOLLOW_TRIES, MOST_PAUSE_NS, REJOIN_PATIENCE, due
+from harmony.core.rejoin import FOLLOW_TRIES, MOST_PAUSE_NS, REJOIN_PATIENCE, due, unable
 from harmony.core.states import State
 from harmony.core.table import decide
 from harmony.core.timing import NS
@@ -237,6 +237,18 @@ def test_a_standby_that_is_ahead_of_a_writing_primary_or_silent_for_long() -> No
     c.do((REJOIN_PATIENCE - 1) * AFTER_S)
     assert c.ops == []
     c.do(2 * AFTER_S)
+    assert c.ops == ["rejoin"]
+
+
+def test_a_primary_that_recovers_has_not_told_yet_what_it_has() -> None:
+    """A standby may have got what the primary wrote after its last heartbeat, and the crash took neither's."""
+    c = Following()
+    c.record = msgspec.structs.replace(c.record, status=State.FENCED)
+    c.lsn, c.streaming = 2000, False
+    c.do(AFTER_S + 1)
+    assert unable(c.view, c.me, c.now) == ""
+    c.record = msgspec.structs.replace(c.record, status=State.HEALTHY)
+    c.do(1)
     assert c.ops == ["rejoin"]
 
 

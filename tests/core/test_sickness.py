@@ -301,7 +301,7 @@ def test_what_hangs_right_after_its_activation_is_fenced(state: State, row: int)
     order = SentOrder(g, "activate", p.now)
     view = replace(p.fencer.view, active=g, highest=g, order=g, order_op="activate", order_state="done")
     ill = Sickness("silent", "x", 1, 0, ill=True)
-    v = msgspec.structs.replace(p.view, state=state, order=order, db=None, sick=ill)
+    v = msgspec.structs.replace(p.view, state=state, order=order, db=None, sick=ill, restart=True)
     v, _ = step(v, [FencerSeen(view)], p.me, FAST, p.now + NS // 100)
     assert (v.row, v.postgres_failed, v.restart) == (row, True, False)
 
@@ -355,13 +355,38 @@ def test_the_budget_of_a_restart_in_place_is_not_flapping() -> None:
     assert p.view.losses == ()
 
 
-def test_an_activation_that_fails_is_no_restart() -> None:
-    """What does not start again is handed over, whatever is left of the budget."""
+def test_a_restart_in_place_that_fails_counts_as_a_death() -> None:
+    """Handed over at once it would lose what no standby has, for a lease that was over or a moment's lack of room."""
+    p = asynchronous()
+
+    def failed(*, restart: bool, crashes: int) -> View:
+        v = msgspec.structs.replace(p.view, state=State.FENCED, restart=restart, postgres_failed=True)
+        v = msgspec.structs.replace(v, crashes=(p.now - NS,) * crashes)
+        order = SentOrder((3, 2), "activate", p.now, refused="no room")
+        v, _ = step(msgspec.structs.replace(v, order=order), [], p.me, FAST, p.now + NS // 10)
+        assert (v.row, v.postgres_failed) == (406, True)
+        return v
+
+    again = failed(restart=True, crashes=1)
+    assert (again.restart, len(again.crashes)) == (True, 2)
+    assert not failed(restart=True, crashes=2).restart, "the budget is used up"
+    assert not failed(restart=False, crashes=0).restart, "no restart in place was wanted"
+
+
+def test_a_restart_in_place_waits_for_a_slow_disk_of_the_fencer() -> None:
+    """Its memory is trusted again when that has answered; for failover_timeout, and for nothing else."""
     p = asynchronous()
     v = msgspec.structs.replace(p.view, state=State.FENCED, restart=True, postgres_failed=True)
-    order = SentOrder((3, 2), "activate", p.now, refused="no room")
-    v, _ = step(msgspec.structs.replace(v, order=order), [], p.me, FAST, p.now + NS // 10)
-    assert (v.row, v.restart, v.postgres_failed) == (406, False, True)
+    gone = replace(p.fencer.view, trusted=False, active=None, postgres_up=False, fence_proven=True)
+
+    def vacates(v: View, after_s: float) -> bool:
+        v, _ = step(v, [FencerSeen(gone)], p.me, FAST, p.now)
+        later = decide(observe(v, p.me, FAST, p.now + round(after_s * NS)))
+        return 402 in {v.row, later.row}
+
+    assert not vacates(v, FAST.failover_timeout_s - 0.1)
+    assert vacates(v, FAST.failover_timeout_s + 0.1)
+    assert vacates(msgspec.structs.replace(v, restart=False), 0.1)
 
 
 def test_backends_that_crash_over_and_over_are_an_illness() -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import psycopg
 
+from bench.ha.merged import merged
 from harmony.demo import measure
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster, ask_status, make_base
@@ -32,10 +33,11 @@ class Running:
             time.sleep(0.05)
 
     def logs(self) -> str:
-        return "\n".join(
-            f"{n}: {self.cluster.tail(node.folder / 'node.log', 3000)}"
-            for n, node in self.cluster.nodes.items()
-        )
+        """The last lines of all nodes, in the order of time."""
+        nodes = self.cluster.nodes.items()
+        told = {name: (node.folder / "node.log").read_text(errors="replace") for name, node in nodes}
+        lines = merged(told, []).splitlines()
+        return "\n".join(line[:400] for line in lines[-150:])
 
     def acks_by(self, name: str, since_ns: int) -> int:
         return self.recorders.acked_at(self.cluster.nodes[name].port, since_ns)
