@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
+.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load bench-scale soak chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -72,6 +72,17 @@ bench-fence: $(STAMP)
 MINUTES ?= 10
 bench-load: $(STAMP)
 	$(BIN)/python bench/load.py --minutes $(MINUTES)
+
+# An hour of a busy cluster: needless failovers, missed heartbeats, memory, cost; see docs/cost.md.
+# make soak SOAK='--minutes 20 --preset standard'
+SOAK ?=
+soak: $(STAMP)
+	$(BIN)/python -m bench.soak --preset $(PRESET) $(SOAK)
+
+# What 1, 10, 100 and 300 clusters cost one nats-server (about 5 minutes); see docs/cost.md.
+SCALE ?= --clusters 1 10 100 300
+bench-scale: $(STAMP)
+	$(BIN)/python -m bench.scale --preset $(PRESET) $(SCALE)
 
 # A million frames at a real fencer.
 FRAMES ?= 1000000

@@ -27,10 +27,12 @@ import psycopg
 import tomli_w
 
 from harmony.admin import MAX_LINE_BYTES, StatusReply
+from harmony.config import load
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
 from harmony.demo.databases import HOST, Node, make_databases
-from harmony.demo.parts import Parts, SetupError, environment, find_parts, run_as
+from harmony.demo.parts import Parts, SetupError, environment, find_parts
+from harmony.errors import ConfigError
 
 NODES = ("n1", "n2", "n3")
 START_TIMEOUT_S = 60.0
@@ -237,12 +239,10 @@ class Cluster:
         node.config.write_text(tomli_w.dumps(self.settings(node)))
 
     def _check_config(self, node: Node) -> None:
-        argv = [sys.executable, "-I", "-m", "harmony", "config", "check", str(node.config)]
-        done = run_as(None, argv)
-        if done.returncode != 0:
-            raise SetupError(
-                f"the configuration of {node.name} is refused: {done.stderr.strip() or done.stdout}"
-            )
+        try:
+            load(node.config, {})
+        except ConfigError as e:
+            raise SetupError(f"the configuration of {node.name} is refused: {e}") from e
 
     def streaming(self) -> tuple[str, int, bool] | None:
         """(primary, standbys that stream, whether it is recorded that commits wait for one, so that another may take

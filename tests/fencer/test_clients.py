@@ -375,7 +375,8 @@ def test_an_agent_that_takes_all_of_its_connections_leaves_roots(guarded: Patien
         guarded.wait(lambda: isinstance(guarded.ask(protocol.StatusRequest()), protocol.Status), "root again")
         leads_and_is_ordered_to_fence(guarded, 1)
         told_why = sum(bool(left_over(s)) for s in more)
-        assert told_why == server.REFUSED_AT_ONCE
+        # `told` may not have been closed yet when they came.
+        assert told_why in {server.REFUSED_AT_ONCE, server.REFUSED_AT_ONCE - 1}
     guarded.wait(lambda: agent_is_served(guarded), "the agent's places are free again", 5)
 
 

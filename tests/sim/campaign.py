@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -87,12 +88,20 @@ def run_chunk(seeds: Sequence[int]) -> Tally:
     return tally
 
 
+def _end_with_parent() -> None:
+    """A campaign that is killed leaves nobody behind who computes on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def run_all(first: int, count: int, *, most_failures: int = 3, told_every_s: float = 0.0) -> Tally:
     """Over all cores. It ends early when enough has failed."""
     tally = Tally()
     chunks = [range(i, min(i + CHUNK, first + count)) for i in range(first, first + count, CHUNK)]
     told = time.monotonic()
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_end_with_parent) as pool:
         for done in as_completed([pool.submit(run_chunk, chunk) for chunk in chunks]):
             tally.add(done.result())
             if len(tally.failures) >= most_failures:
