@@ -292,8 +292,8 @@ def test_a_long_crash_recovery(node: Node) -> None:
     node.kill_postgres()
     (node.data / "standby.signal").unlink(missing_ok=True)
     node.hand()
-    node.wait(lambda: node.cluster_state() == "in crash recovery", "it recovers", 5)
-    node.renew(1, 1)
+    # Under the lease: its end would be a fence, too.
+    node.wait(lambda: node.renew(1, 1) and node.cluster_state() == "in crash recovery", "it recovers", 5)
     proven(node, node.fence(1, 2))
     assert node.cluster_state() == "in crash recovery", "it was over before the fence"
 
