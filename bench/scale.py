@@ -44,6 +44,7 @@ from harmony.store.nats import NatsStore
 
 SETTLE_S = 5.0  # after the last connection, before anything is counted
 CONNECT_S = 120.0
+CONNECT_PAUSE_S = 0.03
 SIZES = {CLUSTER_STATE: 620, MEMBER_PREFIX: 560}  # bytes of real records (of a demo cluster of three)
 
 
@@ -99,11 +100,9 @@ class Node:
     def _told(self, _: Entry) -> None:
         self.done.told += 1
 
-    async def run(self, begin_s: float) -> None:
+    async def run(self, after_s: float) -> None:
         """For ever: writes and reads side by side, each in its own rhythm, as the agent's."""
-        while not self._store.connected:
-            await trio.sleep(0.05)
-        await trio.sleep_until(begin_s)
+        await trio.sleep(after_s)
         async with trio.open_nursery() as nursery:
             for key in self._writes:
                 nursery.start_soon(self._every, partial(self._write, key, [0]))
@@ -149,7 +148,7 @@ class Node:
 async def _generate(
     url: str, clusters: list[int], nodes: int, preset: str, pipe: Connection[str | list[Done], str]
 ) -> None:
-    """Tells the pipe when all are connected; counts between its two questions."""
+    """Tells the pipe when all are connected; nobody begins before. Counts between its last two questions."""
     timing, names = PRESETS[preset], [f"n{i}" for i in range(1, nodes + 1)]
     made: list[Node] = []
     async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
@@ -159,18 +158,18 @@ async def _generate(
                 nursery.start_soon(store.run)
                 others = [n for n in names if n != name]
                 node = Node(store, name, others, timing, leads=name == names[0])
-                offset = timing.heartbeat_interval_s * len(made) / (len(clusters) * nodes)
-                nursery.start_soon(node.run, trio.current_time() + offset)
                 made.append(node)
-                await trio.sleep(0.005)
+                await trio.sleep(CONNECT_PAUSE_S)
         with trio.fail_after(CONNECT_S):
             while not all(n._store.connected for n in made):  # noqa: SLF001
                 await trio.sleep(0.1)
-        for answer in ("connected", "counting"):
+        for answer in ("connected", "running", "counting"):
             pipe.send(answer)
             await trio.to_thread.run_sync(pipe.recv)
-            if answer == "connected":
-                for n in made:
+            for number, n in enumerate(made):
+                if answer == "connected":
+                    nursery.start_soon(n.run, timing.heartbeat_interval_s * number / len(made))
+                elif answer == "running":
                     n.done = Done()
         pipe.send([n.done for n in made])
         nursery.cancel_scope.cancel()
@@ -269,6 +268,9 @@ def measure(clusters: int, nodes: int, preset: str, seconds: float) -> Cost:
             processes.append(process)
         try:
             for p in pipes:
+                p.recv()
+            for p in pipes:
+                p.send("begin")
                 p.recv()
             time.sleep(SETTLE_S)
             generators = [psutil.Process(p.pid) for p in processes]
