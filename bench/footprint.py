@@ -30,6 +30,7 @@ from harmony.demo import procs
 from harmony.demo.cluster import Cluster, free_ports, make_base
 from harmony.demo.parts import environment, find_parts
 
+KINDS = {"fencer": "harmony_fencer", "agent": "harmony.agent", "supervisor": "harmony_supervisor"}
 Cost = tuple[float, float, float]  # RSS MB, USS MB, percent of a core
 
 
@@ -57,8 +58,7 @@ def harmony(preset: str, seconds: float) -> dict[str, Cost]:
     try:
         cluster.start(lambda text: sys.stderr.write(f"{text}\n"))
         time.sleep(5)
-        kinds = {"fencer": "harmony_fencer", "agent": "harmony.agent", "supervisor": "harmony_supervisor"}
-        return cost({kind: procs.with_argument(base, (module,)) for kind, module in kinds.items()}, seconds)
+        return cost({kind: procs.with_argument(base, (module,)) for kind, module in KINDS.items()}, seconds)
     finally:
         cluster.stop()
         shutil.rmtree(base, ignore_errors=True)

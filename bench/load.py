@@ -227,10 +227,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def _end(*_: object) -> None:
+def end(*_: object) -> None:
+    """SIGTERM ends a bench as Ctrl-C does, with all that it has started."""
     sys.exit(143)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end)
     main()

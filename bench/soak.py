@@ -28,13 +28,13 @@ import msgspec
 import psutil
 import psycopg
 
-from bench.load import Watch, Writer
+from bench.footprint import KINDS
+from bench.load import Watch, Writer, end
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
 from harmony.demo.cluster import Cluster, make_base
 from harmony.demo.parts import environment
 
-KINDS = {"fencer": "harmony_fencer", "agent": "harmony.agent", "supervisor": "harmony_supervisor"}
 COMPRESS = "import os, zlib\nb = os.urandom(1 << 20) * 4\nwhile True:\n    zlib.compress(b, 9)"
 SAMPLE_S = 60.0
 WARM_SHARE = 0.2  # of the samples, before growth is counted: caches fill
@@ -266,10 +266,6 @@ def main() -> None:
     sys.exit(1 if outcome.needless else 0)
 
 
-def _end(*_: object) -> None:
-    sys.exit(143)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end)
     main()

@@ -48,9 +48,7 @@ def not_running(s: Sickness, now_ns: int) -> Sickness:
 
 def crashed(v: View, now_ns: int) -> View:
     """PostgreSQL died or crashed. Only what leads is counted: a standby's crash costs nobody a write."""
-    if v.state not in WRITABLE_STATES:
-        return v
-    return replace(v, crashes=(*v.crashes, now_ns)[-MAX_CRASHES:])
+    return _counted(v, now_ns) if v.state in WRITABLE_STATES else v
 
 
 def died(v: View, me: Identity, now_ns: int) -> View:
@@ -58,7 +56,7 @@ def died(v: View, me: Identity, now_ns: int) -> View:
 
     A synchronous standby takes over at once and loses nothing; an asynchronous one may.
     """
-    v = replace(v, crashes=(*v.crashes, now_ns)[-MAX_CRASHES:])
+    v = _counted(v, now_ns)
     waited_for = v.cluster is not None and v.cluster.sync_count > 0
     return replace(v, restart=not waited_for and within_budget(v, me, now_ns))
 
@@ -66,6 +64,10 @@ def died(v: View, me: Identity, now_ns: int) -> View:
 def within_budget(v: View, me: Identity, now_ns: int) -> bool:
     """Whether the crashes so far are not more than may be answered by a restart in place."""
     return _recent(v, me, now_ns) <= me.policy.restart_budget
+
+
+def _counted(v: View, now_ns: int) -> View:
+    return replace(v, crashes=(*v.crashes, now_ns)[-MAX_CRASHES:])
 
 
 def _recent(v: View, me: Identity, now_ns: int) -> int:

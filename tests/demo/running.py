@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import psycopg
 
@@ -19,6 +20,8 @@ from harmony.demo.recorder import Recorders
 from harmony.demo.scenarios import Fault, Scenario
 from harmony.records import ClusterState
 
+T = TypeVar("T")
+
 
 class Running:
     """A cluster under load."""
@@ -26,11 +29,13 @@ class Running:
     def __init__(self, cluster: Cluster, recorders: Recorders) -> None:
         self.cluster, self.recorders = cluster, recorders
 
-    def until(self, what: str, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    def until(self, what: str, condition: Callable[[], T], seconds: float = 30.0) -> T:
+        """What the condition gave when it held."""
         deadline = time.monotonic() + seconds
-        while not condition():
+        while not (found := condition()):
             assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.logs()}"
             time.sleep(0.05)
+        return found
 
     def logs(self) -> str:
         """The last lines of all nodes, in the order of time."""

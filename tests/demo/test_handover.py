@@ -131,23 +131,20 @@ def test_killed_at_each_step(steady: Running) -> None:
     """O1, I1, I2: whatever dies in a switchover, one leads soon, all come back, and nothing is lost."""
     running, cluster, began = steady, steady.cluster, boottime_ns()
 
-    leaders: list[str] = []
-
-    def whole() -> bool:
+    def whole() -> str:
+        """Who leads, when all are well."""
         found = cluster.streaming()
         well = found is not None and found[1:] == (2, True) and len(running.record(found[0]).sync_voters) == 2
-        leaders.append(found[0] if found is not None and well else "")
-        return well
+        return found[0] if found is not None and well else ""
 
-    def settled() -> bool:
-        """Whole, and still so a second later: a request that was made twice may be carried out twice."""
-        before = leaders[-1] if whole() else ""
+    def settled() -> str:
+        """And still so a second later: a request that was made twice may be carried out twice."""
+        before = whole()
         time.sleep(1.0)
-        return whole() and leaders[-1] == before
+        return before if whole() == before else ""
 
     for role, module, word in STEPS:
-        running.until("all are well", whole, 60)
-        old = leaders[-1]
+        old = running.until("all are well", whole, 60)
         new = next(n for n in ("n2", "n3") if n != old)
         node = cluster.nodes[old if role == "old" else new]
         said: tuple[int, str] = (0, "")
@@ -162,5 +159,4 @@ def test_killed_at_each_step(steady: Running) -> None:
             f"somebody leads after {module} of the {role} one was killed at: {word}",
             lambda since=struck: any(running.acks_by(n, since) > 20 for n in cluster.nodes),  # type: ignore[misc]
         )
-    running.until("all are well, and stay so", settled, 60)
-    running.check(began, leaders[-1])
+    running.check(began, running.until("all are well, and stay so", settled, 60))
