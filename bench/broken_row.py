@@ -15,6 +15,7 @@ from harmony.core import table
 _BROKEN = int(os.environ["BROKEN_ROW"])
 if _BROKEN not in {row.id for row in table.TABLE}:
     raise SystemExit(f"BROKEN_ROW={_BROKEN}: there is no such row")
-table.TABLE = tuple(
-    dataclasses.replace(row, when=lambda _: False) if row.id == _BROKEN else row for row in table.TABLE
-)
+table.ROWS_OF = {
+    state: tuple(dataclasses.replace(row, when=lambda _: False) if row.id == _BROKEN else row for row in rows)
+    for state, rows in table.ROWS_OF.items()
+}

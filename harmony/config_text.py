@@ -154,7 +154,7 @@ TEXT: dict[str, tuple[str, str]] = {
         "automatic destroys what only that standby has; off: somebody has to do it by hand",
     ),
     "rejoin.after_s": (
-        "how long a standby must not have streamed from a writing primary (6 times that without other signs)",
+        "how long a standby must not have streamed (without other signs: 6 times that; surely diverged: at once)",
         "lower: back sooner, more rewinds that were not needed; higher: one standby fewer for longer",
     ),
     "rejoin.clone": (

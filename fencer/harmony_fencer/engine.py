@@ -9,6 +9,7 @@ from typing import Protocol
 from harmony_fencer.clock import Clock
 from harmony_fencer.log import log
 from harmony_fencer.protocol import Rung, SyncRule
+from harmony_fencer.timelines import Newest
 from harmony_fencer.watchdog import Watchdog
 
 
@@ -128,7 +129,7 @@ class Engine(Protocol):
     async def reload(self) -> None:
         """Make it read its configuration again. Raises PostgresError."""
 
-    async def promote(self, reserved: int) -> int:
+    async def promote(self, reserved: int) -> Newest:
         """Promote, wait for the proof, and return the timeline: `reserved`, where that is not 0.
 
         Raises PostgresError (TimelineTakenError: it is not newer than what is here), OSError.
@@ -138,8 +139,8 @@ class Engine(Protocol):
     def was_standby(self) -> bool:
         """Whether the control file says that what ran here last was a standby; False where it does not tell."""
 
-    def timeline(self) -> int:
-        """The newest timeline that has WAL here."""
+    def timeline(self) -> Newest:
+        """The newest timeline that has WAL here, and where it begins."""
 
 
 def look(engine: Engine) -> tuple[bool, bool]:

@@ -51,7 +51,7 @@ from harmony_fencer.protocol import (
 )
 from harmony_fencer.standby import Standby
 from harmony_fencer.telling import Memory, status
-from harmony_fencer.timelines import TimelineTakenError
+from harmony_fencer.timelines import Newest, TimelineTakenError
 from harmony_fencer.watchdog import Policy, WatchdogError
 
 CLEAN_SHARE = 0.5  # of fence_timeout: what a clean shutdown gets even without a lease left
@@ -75,7 +75,7 @@ class Fencer:
         self._shutdown_lsn: int | None = None
         self._retiring = False
         self._system_identifier: str | None = None
-        self._timeline = 0  # the newest with WAL here that is known of
+        self._timeline = Newest(0)  # that is known of
         self._running, self._starts = False, 0  # whether a live postmaster was seen, and how many
         self._accepting = trio.Lock()
         self._effects = Effects(self._effect_ended)
@@ -408,12 +408,14 @@ class Fencer:
             self._engine.halt()
             self._drop_lease()
             if isinstance(e, TimelineTakenError):
-                self._timeline = max(self._timeline, e.timeline)
+                self._timeline = max(self._timeline, Newest(e.timeline))
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
         self._running = True
-        await self._finish(msgspec.structs.replace(record, state="done", timeline=self._timeline), began)
+        await self._finish(
+            msgspec.structs.replace(record, state="done", timeline=self._timeline.number), began
+        )
 
     def _may_promote(self) -> bool:
         return self._clock.now_ns() < self._deadline_ns and not self._ledger.latched

@@ -22,6 +22,7 @@ from harmony_fencer.programs import PostgresError, Programs
 from harmony_fencer.protocol import SyncRule
 from harmony_fencer.rejoin import UNPROVEN, Rejoin
 from harmony_fencer.state import WITNESS
+from harmony_fencer.timelines import Newest
 from harmony_fencer.tree import Tree
 
 CONTROL_S = 5.0
@@ -116,8 +117,9 @@ class Postgres:
         except (OSError, struct.error):
             return False
 
-    def timeline(self) -> int:
-        return timelines.newest(self.data / "pg_wal")
+    def timeline(self) -> Newest:
+        wal = self.data / "pg_wal"
+        return Newest(number := timelines.newest(wal), timelines.begins(wal, number))
 
     @property
     def notices(self) -> bool:
@@ -318,7 +320,7 @@ class Postgres:
     async def reload(self) -> None:
         await self.programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)
 
-    async def promote(self, reserved: int) -> int:
+    async def promote(self, reserved: int) -> Newest:
         if reserved:
             wal = self.data / "pg_wal"
             await self.files.change(lambda change: timelines.take_up_to(change, wal, reserved))
@@ -330,9 +332,9 @@ class Postgres:
         if state != "in production" or self.is_standby():
             raise PostgresError(f"after promotion the control file says {state!r}")
         timeline = self.timeline()
-        if reserved and timeline != reserved:
+        if reserved and timeline.number != reserved:
             raise PostgresError(
-                f"the promotion began timeline {timeline}, and {reserved} was reserved for it"
+                f"the promotion began timeline {timeline.number}, and {reserved} was reserved for it"
             )
         return timeline
 

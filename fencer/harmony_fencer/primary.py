@@ -13,6 +13,7 @@ from harmony_fencer.engine import Engine
 from harmony_fencer.log import log
 from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import Activate, SyncTold
+from harmony_fencer.timelines import Newest
 
 
 class Primary:
@@ -22,7 +23,7 @@ class Primary:
         self._engine, self._save = engine, save
         self.sync: SyncTold | None = None
 
-    async def lead(self, request: Activate, testimony: bytes, allowed: Callable[[], bool]) -> int:
+    async def lead(self, request: Activate, testimony: bytes, allowed: Callable[[], bool]) -> Newest:
         """Make it writable, in its timeline, which is returned. Raises PostgresError, OSError.
 
         `allowed()` is asked right before the promotion, which nothing takes back.

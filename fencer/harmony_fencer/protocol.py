@@ -235,6 +235,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     )
     change: int  # another number when anything here but the times has changed; begins anew with the fencer
     sync: SyncTold | None = None  # of the active generation
+    begins: int = 0  # the byte position at which `timeline` left the one before; 0: not known
     # No proof, yet what the newest fence has left is killed and waits in the kernel for a disk: none of it ever runs
     # again. The place may be given up; nothing may be started here
     spent: bool = False

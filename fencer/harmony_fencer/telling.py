@@ -8,6 +8,7 @@ from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Parts
 from harmony_fencer.ledger import Ledger
 from harmony_fencer.protocol import VERSION, Generation, OrderRecord, SelfFence, Status, SyncTold
+from harmony_fencer.timelines import Newest
 from harmony_fencer.watchdog import Policy
 
 
@@ -25,7 +26,7 @@ class Memory:
     running: bool
     starts: int
     system_identifier: str | None
-    timeline: int
+    timeline: Newest
     change: int
     spent: bool
 
@@ -55,7 +56,8 @@ def status(c: FencerConfig, ledger: Ledger, parts: Parts, watchdog: Policy, m: M
         is_standby=standby,
         was_standby=engine.was_standby,
         system_identifier=m.system_identifier,
-        timeline=m.timeline,
+        timeline=m.timeline.number,
+        begins=m.timeline.begins,
         sync=m.sync,
         latch=ledger.latch,
         adopting=ledger.permits(engine),

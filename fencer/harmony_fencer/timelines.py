@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from harmony_fencer.durable import read_small
 from harmony_fencer.files import Change
 from harmony_fencer.programs import PostgresError
 
@@ -20,6 +22,15 @@ MOST = 1000  # numbers that a promotion may leave out: more is no crash or two, 
 MARK = "taken by Harmony: no WAL of this timeline is or will be here"
 _WAL = re.compile(r"[0-9A-F]{24}\Z")
 _HISTORY = re.compile(r"[0-9A-F]{8}\.history\Z")
+_FORK = re.compile(rb"^\s*\d+\s+([0-9A-F]{1,8})/([0-9A-F]{1,8})\b", re.MULTILINE)
+_HISTORY_BYTES = 1 << 20
+
+
+class Newest(NamedTuple):
+    """The newest timeline with WAL here. `begins`: the byte position at which it left the one before; 0: not known."""
+
+    number: int
+    begins: int = 0
 
 
 class TimelineTakenError(PostgresError):
@@ -36,6 +47,15 @@ class TimelineTakenError(PostgresError):
 def newest(pg_wal: Path) -> int:
     """The newest timeline that has WAL in `pg_wal`; 0: none. Raises OSError."""
     return max((int(n[:8], 16) for n in os.listdir(pg_wal) if _WAL.match(n)), default=0)
+
+
+def begins(pg_wal: Path, timeline: int) -> int:
+    """Where `timeline` left the one before, in bytes, as the last line of its history file says; 0: not known."""
+    try:
+        forks = _FORK.findall(read_small(pg_wal / f"{timeline:08X}.history", _HISTORY_BYTES))
+    except OSError:
+        return 0
+    return int(forks[-1][0], 16) << 32 | int(forks[-1][1], 16) if forks else 0
 
 
 def take_up_to(change: Change, pg_wal: Path, reserved: int) -> None:

@@ -175,6 +175,7 @@ def _view(s: protocol.Status) -> FencerView:
         was_standby=s.was_standby,
         adopting=s.adopting,
         timeline=s.timeline,
+        begins=s.begins,
         fence_proven=s.fence_proven,
         postgres_up=s.postgres == "running",
         following=s.following,

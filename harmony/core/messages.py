@@ -49,6 +49,7 @@ class FencerView:
     empty: str = ""  # bootstrap.method, where nothing stands at data_dir and something may be made there
     adopting: bool = False  # PostgreSQL runs as a primary with an operator's permit and without a lease
     timeline: int = 0  # the newest with WAL here that it knows of
+    begins: int = 0  # where that left the one before; 0: not known
     spent: bool = False  # what is left of PostgreSQL is killed, and waits in the kernel: none runs again
     shutdown_lsn: int | None = None  # after a clean shutdown by the newest fence: where its checkpoint begins
     rule: Rule | None = None  # that PostgreSQL was told in the active generation; None: not known

@@ -333,6 +333,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             lsn=c.lsn if c is not None else 0,
             sync_count=rule.count,
             sync_voters=rule.voters,
+            begins=c.begins if c is not None else 0,
             reserved=max(v.reserving, c.reserved if c is not None else 0),
             changes=_changes(v, c, term),
             adopting=v.intent == "create" and f.adopting,
@@ -341,6 +342,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
     rule = v.recording if v.recording is not None and not vacate else ruling.recorded(c)
     clean = vacate and f.shutdown_lsn is not None
     writing = db is not None and db.db == "primary"
+    timeline = max(c.timeline, db.timeline) if db is not None and writing else c.timeline
     return ClusterState(
         cluster_id=c.cluster_id,
         system_identifier=c.system_identifier or f.system_identifier or "",
@@ -352,7 +354,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         attempt=attempt,
         boot_id=me.boot_id,
         status=v.state,
-        timeline=max(c.timeline, db.timeline) if db is not None and writing else c.timeline,
+        timeline=timeline,
         lsn=f.shutdown_lsn
         if clean and f.shutdown_lsn is not None
         else (max(c.lsn, db.received_lsn) if db is not None and writing else c.lsn),
@@ -362,6 +364,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
         request=v.request,
         clean=clean,
         refused=v.refused or c.refused,
+        begins=f.begins if f.timeline == timeline and f.begins else c.begins if c.timeline == timeline else 0,
         reserved=max(v.reserving, c.reserved),
         changes=c.changes,
         adopting=c.adopting and v.state is State.ADOPTING,

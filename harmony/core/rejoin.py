@@ -39,7 +39,13 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
     ):
         return f"PostgreSQL does not start: {f.order_detail}"
     asked_long = v.unstreamed_ns and now_ns - v.unstreamed_ns >= me.policy.rejoin_after_ns
-    if db is None or db.db != "standby" or f.following != c.primary or not asked_long:
+    if db is None or db.db != "standby" or f.following != c.primary:
+        return ""
+    if db.timeline < c.timeline and 0 < c.begins < db.replayed_lsn:  # certain: no time will make it stream
+        return (
+            f"it has replayed more of timeline {db.timeline} than {c.primary} had when it began {c.timeline}"
+        )
+    if not asked_long:
         return ""
     if db.timeline < c.timeline:
         return f"it stays on timeline {db.timeline}, {c.primary} is on {c.timeline}"

@@ -441,10 +441,13 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+ROWS_OF = {state: tuple(row for row in TABLE if row.state is state) for state in State}
+
+
 def decide(o: Observation) -> Decision:
     """The first matching row of the state; none: an explicit hold."""
-    for row in TABLE:
-        if row.state is o.state and row.when(o):
+    for row in ROWS_OF[o.state]:
+        if row.when(o):
             return Decision(row.id, row.next, row.do, _explain(row, o))
     return Decision(0, o.state, (), "holding")
 

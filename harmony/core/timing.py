@@ -5,13 +5,15 @@ It reads no clock. All values are seconds in the configuration and nanoseconds i
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 
 NS = 1_000_000_000
 
 
-class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Seconds throughout; `failure_threshold` and `success_threshold` are counts."""
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """Seconds throughout; `failure_threshold` and `success_threshold` are counts. `dict`: for what is derived once."""
 
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
@@ -32,31 +34,31 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """How long a heartbeat entitles the primary, counted from its send."""
         return self.heartbeat_interval_s + self.heartbeat_timeout_s * self.failure_threshold
 
-    @property
+    @cached_property
     def lease_ns(self) -> int:
         return round(self.lease_s * NS)
 
-    @property
+    @cached_property
     def interval_ns(self) -> int:
         return round(self.heartbeat_interval_s * NS)
 
-    @property
+    @cached_property
     def timeout_ns(self) -> int:
         return round(self.heartbeat_timeout_s * NS)
 
-    @property
+    @cached_property
     def stop_ns(self) -> int:
         return round(self.stop_s * NS)
 
-    @property
+    @cached_property
     def margin_ns(self) -> int:
         return round(self.safety_margin_s * NS)
 
-    @property
+    @cached_property
     def failover_ns(self) -> int:
         return round(self.failover_timeout_s * NS)
 
-    @property
+    @cached_property
     def settle_ns(self) -> int:
         """After this silence the primary has certainly stopped: what a standby then has received is all."""
         return self.lease_ns + self.stop_ns

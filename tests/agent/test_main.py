@@ -94,3 +94,11 @@ def test_a_process_with_nothing_to_hand_over_ends_at_once() -> None:
             assert time.monotonic() - began < 2.5
         text = (folder / "log").read_text()
         assert "retired" in text, text
+
+
+def test_it_starts_without_what_only_terminals_need() -> None:
+    """A node waits for its agent: structlog would load rich, where it is installed, for nothing."""
+    argv = [sys.executable, "-I", "-X", "importtime", "-m", "harmony.agent", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "structlog.dev" in done.stderr
+    assert "rich.console" not in done.stderr

@@ -132,6 +132,30 @@ def test_a_diverged_standby_is_rejoined_with_the_clusters_identity() -> None:
     assert "a rejoin is under way" in c.view.why
 
 
+def test_what_is_certain_is_not_waited_for() -> None:
+    """It has replayed more than the primary had when it began its timeline: no time will make it stream."""
+    c = Following(Policy(rejoin_after_s=3600))
+    c.diverges()
+    c.record = msgspec.structs.replace(c.record, begins=c.lsn - 1)
+    c.do(1)
+    assert c.ops == ["rejoin"]
+    c = Following(Policy(rejoin="off"))
+    c.diverges()
+    c.record = msgspec.structs.replace(c.record, begins=c.lsn - 1)
+    c.do(1)
+    assert "replayed more of timeline 4 than n1 had when it began 5" in c.view.why
+
+
+@pytest.mark.parametrize(("begins", "timeline"), [(1000, 4), (2000, 4), (0, 4), (999, 5)])
+def test_what_may_still_stream_is_waited_for(begins: int, timeline: int) -> None:
+    """All of it is in the primary's history, or where that begins is not known, or it is on the same timeline."""
+    c = Following()
+    c.diverges()
+    c.record, c.timeline = msgspec.structs.replace(c.record, begins=begins), timeline
+    c.do(AFTER_S - 1)
+    assert c.ops == []
+
+
 def test_a_receiver_that_tries_again_and_again_does_not_put_off_the_rejoin() -> None:
     """Seen in chaos: it streams for moments, several a second, and a probe meets two of them in a row now and then."""
     c = Following()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmony.core.messages import Event, FencerSeen, MemberSeen, Order, Write, WriteDone
+from harmony.core.messages import DbSeen, Event, FencerSeen, MemberSeen, Order, Write, WriteDone
 from harmony.core.node import initial, step
 from harmony.core.observe import observe
 from harmony.core.states import State
@@ -39,6 +39,7 @@ class Driven:
         self.orders: list[Order] = []
         self.fencer: FencerSeen = fencer(node, **down)
         self.others, self.deaf, self.found = members, False, 0
+        self.writes = 0  # the timeline in which it does; 0: it is a standby
         self._told: list[Event] = [seen(record, 50), MemberSeen(node, None, 0, 0)]
 
     def until(self, op: str) -> Order:
@@ -56,7 +57,11 @@ class Driven:
         told, self._told = [*self._told, self.fencer], []
         told += [MemberSeen(m.node, m, self.now, EPOCH + self.now) for m in self.others]
         if not self.down:
-            told.append(standby(self.now))
+            told.append(
+                DbSeen("primary", self.writes, 950, 950, False, "sys", self.now)
+                if self.writes
+                else standby(self.now)
+            )
         self.view, commands = step(self.view, told, self.me, FAST, self.now)
         for c in commands:
             match c:
@@ -89,6 +94,37 @@ def test_a_claim_reserves_what_its_promotion_begins(reserved: int, timeline: int
     assert d.records[0].primary == "n2"
     assert d.records[0].reserved == expected
     assert d.view.reserved == 0  # used up
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [((5, 900), (5, 900)), ((4, 700), (5, 0)), ((5, 0), (5, 0))],
+    ids=["its fencer knows", "of another timeline", "not known"],
+)
+def test_where_a_timeline_begins_is_recorded_with_it(
+    known: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """By the fencer's word; what was recorded of the timeline before is not kept."""
+    d = candidate(timeline=4, begins=300)
+    order = d.until("activate")
+    assert (d.records[0].timeline, d.records[0].begins) == (4, 300)
+    d.fencer = fencer(
+        "n2",
+        highest=order.generation,
+        active=order.generation,
+        lease_deadline_ns=d.now + 100 * NS,
+        order=order.generation,
+        order_op="activate",
+        order_state="done",
+        following=None,
+        is_standby=False,
+        timeline=known[0],
+        begins=known[1],
+    )
+    d.writes = 5
+    for _ in range(40):
+        d.tick()
+    assert (d.records[-1].timeline, d.records[-1].begins) == expected
 
 
 def test_a_newer_one_that_a_member_shows_counts() -> None:

@@ -14,6 +14,7 @@ from harmony.demo import procs
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster, ask_status
 from harmony.demo.comeback import is_back
+from harmony.demo.databases import Node
 from harmony.demo.parts import run_as
 from harmony.demo.scenarios import Fault, Scenario
 from tests.demo.running import Running, under_load
@@ -132,17 +133,25 @@ class Old:
         return sorted(self.node.folder.glob("data.harmony-old-*"))
 
 
-def test_a_diverged_old_primary_is_rewound(running: Running) -> None:
+class Patient(Cluster):
+    """Nothing is rejoined here that could still be hoped for."""
+
+    def settings(self, node: Node) -> dict[str, object]:
+        return super().settings(node) | {"rejoin": {"after_s": 3600.0}}
+
+
+def test_a_diverged_old_primary_is_rewound_at_once() -> None:
     """What only it had is gone; nothing that a client saw acknowledged is; never two primaries."""
-    old = Old(running)
-    old.diverge()
-    running.cluster.start_supervisor(old.name)
-    running.until("it is back as a streaming standby", old.back, 90)
-    running.until("it was rewound", lambda: "rewound to" in old.log())
-    assert old.lost_rows() == 0
-    assert old.kept() == []
-    running.until("nothing is under way any more", lambda: old.progress() == "")
-    running.check(old.fault_ns, old.leader())
+    with under_load(Patient) as running:
+        old = Old(running)
+        old.diverge()
+        running.cluster.start_supervisor(old.name)
+        running.until("it is back as a streaming standby", old.back, 90)
+        running.until("it was rewound", lambda: "rewound to" in old.log())
+        assert old.lost_rows() == 0
+        assert old.kept() == []
+        running.until("nothing is under way any more", lambda: old.progress() == "")
+        running.check(old.fault_ns, old.leader())
 
 
 def test_without_the_wal_for_a_rewind_it_is_copied_and_the_old_one_kept(running: Running) -> None:

@@ -20,6 +20,7 @@ from harmony_fencer.engine import Outcome
 from harmony_fencer.programs import PostgresError
 from harmony_fencer.protocol import Rung, SyncRule
 from harmony_fencer.state import WITNESS
+from harmony_fencer.timelines import Newest
 from harmony_fencer.watchdog import WatchdogError
 from tests.fencer.node import FENCE_S, LEASE_S
 
@@ -482,8 +483,8 @@ class SteppedEngine:
         await trio.lowlevel.checkpoint()
         return self.world.production
 
-    def timeline(self) -> int:
-        return 2
+    def timeline(self) -> Newest:
+        return Newest(2)
 
     # ------------------------------------------------------------ acting
 
@@ -578,7 +579,7 @@ class SteppedEngine:
             await self.step(call, "reload")
             self._must_run()
 
-    async def promote(self, reserved: int) -> int:
+    async def promote(self, reserved: int) -> Newest:
         async with self.effect("promote") as call:
             await self.step(call, "trigger")
             self._must_run()

@@ -125,6 +125,7 @@ MEANING = {
     "Status.following": "the primary of the last `follow` done, while PostgreSQL runs as a standby",
     "Status.is_standby": "`standby.signal` is there: whoever starts PostgreSQL gets a read-only standby",
     "Status.timeline": "the newest with WAL here, as seen at the start or by an activate; 0: not known yet",
+    "Status.begins": "byte position at which `timeline` left the one before, by its history file; 0: not known",
     "Status.system_identifier": "PostgreSQL's, once it has been read",
     "Status.sync": "the rule of the generation whose lease is in force; null: none is",
     "Status.latch": "the operator's fence in force",

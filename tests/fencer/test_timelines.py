@@ -15,7 +15,7 @@ from harmony.demo.parts import run_as
 from harmony_fencer import protocol
 from harmony_fencer.files import Files
 from harmony_fencer.programs import PostgresError
-from harmony_fencer.timelines import MARK, MOST, TimelineTakenError, give_back, newest, take_up_to
+from harmony_fencer.timelines import MARK, MOST, TimelineTakenError, begins, give_back, newest, take_up_to
 from tests.fencer.node import Node, free_port
 
 
@@ -45,6 +45,39 @@ def test_the_timeline_is_the_reserved_one(node: Node) -> None:
     assert node.fence(1, 2).state == "done"
     record = activated(node, 2, 6)
     assert (record.state, record.timeline) == ("done", 6), node.log()
+
+
+def test_where_it_begins_is_told(node: Node) -> None:
+    """O5: right after the promotion, and by a fencer that has started since; it is PostgreSQL's own word."""
+    node.start()
+    assert activated(node, 1, 5).state == "done"
+    with node.connect() as c:
+        found = c.execute("SELECT pg_read_file('pg_wal/00000005.history')").fetchone()
+    assert found is not None
+    high, low = found[0].split()[1].split("/")
+    told = node.status()
+    assert (told.timeline, told.begins) == (5, int(high, 16) << 32 | int(low, 16))
+    assert told.begins > 0
+    node.kill_fencer()
+    node.start()
+    node.wait(lambda: node.status().timeline == 5, "it has looked")
+    assert node.status().begins == told.begins
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("1\t0/3000000\tno recovery target specified\n\n2\t1/A0\tbefore 2020\n", (1 << 32) + 0xA0),
+        ("# of an archive\n1\t0/1\tx\n", 1),
+        ("", 0),
+        ("nonsense\n", 0),
+        (None, 0),
+    ],
+)
+def test_what_a_history_file_says(tmp_path: Path, content: str | None, expected: int) -> None:
+    if content is not None:
+        (tmp_path / "00000003.history").write_text(content)
+    assert begins(tmp_path, 3) == expected
 
 
 def test_a_number_that_is_taken_is_refused_and_nothing_is_promoted(node: Node) -> None:

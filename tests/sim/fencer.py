@@ -156,6 +156,7 @@ class Fencer:
             order_state=order.state if order is not None else "",
             order_detail=order.detail if order is not None else "",
             timeline=pg.branch.timeline,
+            begins=pg.branch.begin,
             fence_proven=proven,
             postgres_up=not (pg.gone or believes),
             following=self.following if not pg.gone and pg.signal else None,
