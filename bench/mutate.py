@@ -227,6 +227,8 @@ RULES = [
      "c.begins if c.timeline == timeline else 0", "c.begins", "tests/core"),
     ("rejoin: a fork of this timeline only, of the fencer's", f"{CORE}/node.py",
      "f.begins if f.timeline == timeline and f.begins else", "f.begins if f.begins else", "tests/core"),
+    ("slots: a dead standby leaves its own soon", f"{FENCER}/settings.py", "conninfo(c, source.primary) + _until_dead(c)",
+     "conninfo(c, source.primary)", "tests/fencer/test_settings.py"),
     ("rejoin: only from who is seen writing", f"{CORE}/rejoin.py", '        and source.db == "primary"\n', "",
      "tests/core"),
     ("rejoin: only by a fresh heartbeat", f"{CORE}/table.py",

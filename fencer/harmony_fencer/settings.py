@@ -11,6 +11,7 @@ where there is one. Nothing here starts or signals anything.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ _INCLUDE = re.compile(r"\s*(include|include_if_exists|include_dir)\s*=?\s*'([^']
 _KEEP = "max_slot_wal_keep_size"
 _DEEPEST = 10  # files that include files; PostgreSQL's own limit
 _LEAST_MB, _UNKNOWN_MB, _DISK_SHARE = 64, 1024, 10
+_LEAST_WAIT_S, _POSTGRES_WAIT_S = 10, 60
 _SYNCS_SLOTS = 17  # the first version that copies logical slots to standbys
 _SETTING = re.compile(r"\s*(\w+)(?:\s*=\s*|\s+)('(?:[^']|'')*'|[^\s#']+)")
 
@@ -77,6 +79,13 @@ def conninfo(c: FencerConfig, primary: str) -> str:
     if c.replication_passfile:
         fields["passfile"] = c.replication_passfile
     return _conninfo(fields)
+
+
+def _until_dead(c: FencerConfig) -> str:
+    """For primary_conninfo: how long the primary waits for a standby's answer. A power cut closes no connection:
+    until the primary gives it up, it holds the standby's slot, and who comes back is turned away."""
+    wait_s = min(max(_LEAST_WAIT_S, math.ceil(c.lease_s)), _POSTGRES_WAIT_S)
+    return " " + _conninfo({"options": f"-c wal_sender_timeout={wait_s}s"})
 
 
 def _same_always(c: FencerConfig) -> dict[str, str]:
@@ -150,7 +159,7 @@ def _of_slots(c: FencerConfig, source: Source, data: Path) -> dict[str, str]:
 
 def render(c: FencerConfig, source: Source, sync: SyncRule | None, data: Path, *, name: str = CONF) -> str:
     """The whole file of that name, for the data directory `data`."""
-    reach = conninfo(c, source.primary) if source.primary is not None else ""
+    reach = conninfo(c, source.primary) + _until_dead(c) if source.primary is not None else ""
     of_slots = _of_slots(c, source, data)
     if reach and "sync_replication_slots" in of_slots:
         reach += " dbname='postgres'"  # PostgreSQL's slot sync worker asks there; a walreceiver does not look at it

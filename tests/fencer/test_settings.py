@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import pytest
 
 from harmony_fencer import settings
@@ -68,6 +69,15 @@ def test_through_its_slot_only_where_it_is_there(data: Path) -> None:
     assert rendered(c, Source(None, slot=True), data)["primary_slot_name"] == "''"
     off = rendered(config(data), Source("n2", slot=True), data)
     assert not {"primary_slot_name", KEEP} & off.keys(), "the user's own are left alone"
+
+
+@pytest.mark.parametrize(("lease_s", "wait_s"), [(2, 10), (11.5, 12), (300, 60)])
+def test_how_long_a_primary_waits_for_a_dead_standby(data: Path, lease_s: float, wait_s: int) -> None:
+    """Of this connection alone, whatever the primary's own wal_sender_timeout is for consumers of its own."""
+    c = msgspec.structs.replace(config(data), lease_s=lease_s)
+    found = rendered(c, Source("n2"), data)["primary_conninfo"]
+    assert f"options=''-c wal_sender_timeout={wait_s}s''" in found
+    assert rendered(c, Source(None), data)["primary_conninfo"] == "''"
 
 
 def test_the_bound(data: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from harmony.core.messages import Surveyed
 from harmony.core.slots import Duty
 from harmony.demo.parts import FORCE_POSTGRES, find_parts
 from harmony.records import slot_name
-from harmony_fencer import protocol, settings
+from harmony_fencer import processes, protocol, settings
 from tests.fencer.conftest import make_template, pair_of
 from tests.fencer.node import Node, memory_folder
 from tests.fencer.pair import Pair, Primary
@@ -100,6 +102,30 @@ def test_a_copy_and_a_standby_through_their_slot(pair: Pair) -> None:
     )
     assert show(node, "max_slot_wal_keep_size") == "123MB"
     pair.healthy()
+    node.configure(slots={"own": False})
+
+
+def test_a_standby_that_went_dead_leaves_its_slot_soon(pair: Pair) -> None:
+    """A power cut closes no connection: with PostgreSQL's minute it would be turned away when it comes back."""
+    node = pair.node
+    node.configure(slots={"own": True})
+    pair.diverge()
+    pair.primary.run(f"SELECT pg_create_physical_replication_slot('{N1}', true)")
+    order(pair, rejoin=True)
+    node.wait(lambda: streams_by(pair) == [(N1,)], "it streams through its slot")
+    held = "SELECT active_pid FROM pg_replication_slots"
+    pids = processes.of_data_dir(str(node.data))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        while pair.primary.run(held) != [(None,)]:
+            assert time.monotonic() - began < 20, "its dead connection still holds the slot"
+            time.sleep(0.2)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    node.wait(lambda: streams_by(pair) == [(N1,)], "it streams again")
     node.configure(slots={"own": False})
 
 
