@@ -1,12 +1,15 @@
 """What clusters cost the store: messages, bytes, CPU and memory of one nats-server for 1, 10, 100 and 300 of them.
 
-    python -m bench.scale [--clusters 1 10 100 300] [--preset standard] [--seconds 30] [--nodes 3] [--out FILE.json]
+    python -m bench.scale [--clusters 1 10 100 300] [--preset standard] [--slower 1] [--seconds 30] [--nodes 3]
+                          [--out FILE.json]
 
 One real nats-server (JetStream on disk, every write synced). Each node of each cluster is a connection of the real
 store code (harmony.store.nats) that does what an agent does in each interval (core/node.py): it writes its own record
 by compare-and-set, the first one also cluster_state; it reads its own record, cluster_state, the others' and control;
 it watches the bucket. Records have the size of real ones. The generator is not free: its own CPU is told, and the share
-of what is due that it gets done. `--agents` measures real agents instead: a demo cluster, idle, in the same terms.
+of what is due that it gets done. Where it has too few cores for so many clusters, `--slower 10` has each do it all ten
+times more seldom: as many connections, streams and consumers, a tenth of the messages. `--agents` measures real agents
+instead: a demo cluster, idle, in the same terms.
 """
 
 from __future__ import annotations
@@ -146,10 +149,10 @@ class Node:
 
 
 async def _generate(
-    url: str, clusters: list[int], nodes: int, preset: str, pipe: Connection[str | list[Done], str]
+    url: str, clusters: list[int], nodes: int, timing: Timing, pipe: Connection[str | list[Done], str]
 ) -> None:
     """Tells the pipe when all are connected; nobody begins before. Counts between its last two questions."""
-    timing, names = PRESETS[preset], [f"n{i}" for i in range(1, nodes + 1)]
+    names = [f"n{i}" for i in range(1, nodes + 1)]
     made: list[Node] = []
     async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
         for number in clusters:
@@ -176,9 +179,9 @@ async def _generate(
 
 
 def _worker(
-    url: str, clusters: list[int], nodes: int, preset: str, pipe: Connection[str | list[Done], str]
+    url: str, clusters: list[int], nodes: int, timing: Timing, pipe: Connection[str | list[Done], str]
 ) -> None:
-    trio.run(_generate, url, clusters, nodes, preset, pipe)
+    trio.run(_generate, url, clusters, nodes, timing, pipe)
 
 
 # ---------------------------------------------------------------- the server
@@ -250,7 +253,7 @@ def a_server(folder: Path) -> Iterator[tuple[str, Server]]:
         process.wait()
 
 
-def measure(clusters: int, nodes: int, preset: str, seconds: float) -> Cost:
+def measure(clusters: int, nodes: int, timing: Timing, seconds: float) -> Cost:
     """With a fresh server, and a generator process for each core."""
     workers = min(clusters, os.cpu_count() or 1)
     with (
@@ -261,7 +264,7 @@ def measure(clusters: int, nodes: int, preset: str, seconds: float) -> Cost:
         for w in range(workers):
             ours, theirs = multiprocessing.Pipe()
             some = list(range(w, clusters, workers))
-            process = multiprocessing.Process(target=_worker, args=(url, some, nodes, preset, theirs))
+            process = multiprocessing.Process(target=_worker, args=(url, some, nodes, timing, theirs))
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -290,7 +293,6 @@ def measure(clusters: int, nodes: int, preset: str, seconds: float) -> Cost:
             for process in processes:
                 process.terminate()
                 process.join()
-        timing = PRESETS[preset]
         due = clusters * (2 * nodes + 1) * (after["at"] - before["at"]) / timing.heartbeat_interval_s
         times = sorted(t for d in done for t in d.write_ms)
         return replace(
@@ -368,6 +370,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[1, 10, 100, 300])
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--preset", choices=[*PRESETS], default="standard")
+    parser.add_argument("--slower", type=float, default=1.0, help="each interval is so many times longer")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument(
         "--agents", action="store_true", help="real agents of one cluster instead of the generator"
@@ -378,8 +381,11 @@ def main() -> None:
     if options.agents:
         costs.append(measure_agents(options.preset, options.seconds))
     else:
+        timing = PRESETS[options.preset]
+        every_s = timing.heartbeat_interval_s * options.slower
+        timing = msgspec.structs.replace(timing, heartbeat_interval_s=every_s)
         for clusters in options.clusters:
-            costs.append(measure(clusters, options.nodes, options.preset, options.seconds))
+            costs.append(measure(clusters, options.nodes, timing, options.seconds))
             sys.stderr.write(f"{costs[-1]}\n")
     print(table(costs))
     if options.out:
