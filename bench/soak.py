@@ -5,7 +5,8 @@
 Three nodes, the store and the whole load share this machine: pgbench with four clients (own writers where there is no
 pgbench), VACUUM FULL and CHECKPOINT in turn, and for each core a compression job that never ends. Once a minute the CPU
 time and the memory of each process are looked at; first for `idle-minutes` without the load. The store gets nice -15:
-it is elsewhere in production. A change of term, an own fence, a restarted child or PostgreSQL is needless: exit code 1.
+it is elsewhere in production. A change of term, an own fence, a restarted child or PostgreSQL is needless: exit code 1,
+and what all nodes have logged is kept. Nothing else may run beside it: a fence that it has caused looks alike.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ import psutil
 import psycopg
 
 from bench.footprint import KINDS
+from bench.ha.merged import merged
 from bench.load import Watch, Writer, end
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
@@ -59,6 +62,7 @@ class Outcome(msgspec.Struct):
     needless: list[str] = []
     missed: int = 0  # heartbeats in a row, the most
     silences: int = 0  # how often a node's store did not answer in time, by its log
+    kept: str = ""  # where the log of all nodes is, if something needless has happened
     least_lease_ms: float | None = None
     transactions: int = 0
     idle: list[Sample] = []
@@ -122,16 +126,13 @@ class Load:
         started = [
             subprocess.Popen([sys.executable, "-I", "-c", COMPRESS]) for _ in range(os.cpu_count() or 1)
         ]
-        writers = []
+        writers, workers = [], [threading.Thread(target=self._upkeep, daemon=True)]
         if self._pgbench.exists():
-            argv = [str(self._pgbench), "-n", "-c", "4", "-j", "2", "-T", "86400", self._where]
-            quiet = subprocess.DEVNULL
-            started.append(subprocess.Popen(argv, stdout=quiet, stderr=quiet, env=self._env))
+            workers.append(threading.Thread(target=self._bench, daemon=True))
         else:
             self.what = self.what.replace("pgbench -c 4", "4 writers")
             writers = [Writer(self._cluster.writer_conninfo) for _ in range(4)]
-        keeper = threading.Thread(target=self._upkeep, daemon=True)
-        for thread in (*writers, keeper):
+        for thread in (*writers, *workers):
             thread.start()
         try:
             yield
@@ -142,7 +143,19 @@ class Load:
             for process in started:
                 process.kill()
                 process.wait()
-            keeper.join(60)
+            for thread in workers:
+                thread.join(60)
+
+    def _bench(self) -> None:
+        """It ends with its first connection that is lost, and begins anew."""
+        argv = [str(self._pgbench), "-n", "-c", "4", "-j", "2", "-T", "86400", self._where]
+        while not self._over.is_set():
+            quiet = subprocess.DEVNULL
+            with subprocess.Popen(argv, stdout=quiet, stderr=quiet, env=self._env) as process:
+                while process.poll() is None and not self._over.wait(0.2):
+                    pass
+                process.kill()
+            self._over.wait(0.5)
 
     def prepare(self) -> None:
         """pgbench's tables, a hundred and fifty megabytes of them."""
@@ -230,6 +243,15 @@ def soak(options: argparse.Namespace) -> tuple[Outcome, str]:
             watch_for(60 * options.minutes, watch, cluster, outcome.loaded)
         outcome.needless, outcome.silences = watch.changed(), silences(cluster) - silent
         outcome.missed, outcome.least_lease_ms = watch.failures, watch.least_lease_ms
+        if outcome.needless:
+            told = {
+                n: (node.folder / "node.log").read_text(errors="replace") for n, node in cluster.nodes.items()
+            }
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="harmony-soak-", suffix=".log", delete=False
+            ) as kept:
+                kept.write(merged(told, []))
+            outcome.kept = kept.name
         with contextlib.suppress(psycopg.Error):  # it may lead no more, which is told as needless
             outcome.transactions = committed(where) - before
     finally:
@@ -255,7 +277,8 @@ def main() -> None:
         f"{platform.release()}, {os.cpu_count()} cores, preset {options.preset}, {options.minutes:g} min of {what}"
     )
     print(
-        f"{outcome.transactions} transactions; {len(outcome.needless)} needless changes {outcome.needless or ''}"
+        f"{outcome.transactions} transactions; {len(outcome.needless)} needless changes "
+        f"{outcome.needless or ''} {outcome.kept}"
     )
     lease = "not seen" if outcome.least_lease_ms is None else f"{outcome.least_lease_ms:.0f} ms"
     print(

@@ -101,6 +101,7 @@ class Cluster:
     cluster_id: str
     nats: psutil.Popen | None = None
     supervisors: dict[str, psutil.Popen] = field(default_factory=dict)
+    template: Path | None = None  # for make_databases
 
     @classmethod
     def prepare(cls, preset: str, base: Path) -> Cluster:
@@ -138,7 +139,7 @@ class Cluster:
         self.start_nats()
         self.lay_out()
         say("Making the database of n1, and copies of it for n2 and n3")
-        make_databases(self.parts, list(self.nodes.values()))
+        make_databases(self.parts, list(self.nodes.values()), self.template)
         for node in self.nodes.values():
             self._write_config(node)
             self._check_config(node)

@@ -89,18 +89,34 @@ def _program(parts: Parts, name: str, *arguments: str) -> None:
         raise SetupError(f"{name} failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-1000:]}")
 
 
-def make_databases(parts: Parts, nodes: list[Node]) -> None:
+def make_databases(parts: Parts, nodes: list[Node], template: Path | None = None) -> None:
     """n1's database with roles and tables, and a cold copy of it as a standby for each other node.
 
-    Raises SetupError with what the failing program said.
+    `template`: where a copy of n1's is kept, and taken from the next time. Raises SetupError with what the failing
+    program said.
     """
-    first = nodes[0]
     user = parts.users.postgres
     for node in nodes:
         node.data_dir.mkdir(mode=0o700)
         if user is not None:
             shutil.chown(node.data_dir, user, pwd.getpwnam(user).pw_gid)
-    data = str(first.data_dir)
+    if template is not None and template.exists():
+        plain = (template / "postgresql.conf").read_text()
+        _copy(parts, template, nodes[0], plain)
+    else:
+        plain = _make(parts, nodes[0])
+        if template is not None:
+            shutil.copytree(nodes[0].data_dir, template, symlinks=True)
+            (template / "postgresql.conf").write_text(plain)
+    for node in nodes[1:]:
+        _copy(parts, nodes[0].data_dir, node, plain)
+        (node.data_dir / "standby.signal").touch(mode=0o600)
+        _give(parts, node.data_dir)
+
+
+def _make(parts: Parts, first: Node) -> str:
+    """By initdb; the postgresql.conf that it has written."""
+    user, data = parts.users.postgres, str(first.data_dir)
     _program(
         parts, "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-k", "-N"
     )
@@ -122,11 +138,13 @@ def make_databases(parts: Parts, nodes: list[Node]) -> None:
         raise SetupError(f"n1 could not be given its roles and tables: {error}") from error
     finally:
         _program(parts, "pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
-    for node in nodes[1:]:
-        shutil.copytree(first.data_dir, node.data_dir, symlinks=True, dirs_exist_ok=True)
-        (node.data_dir / "standby.signal").touch(mode=0o600)
-        _configure(node, plain)
-        _give(parts, node.data_dir)
+    return plain
+
+
+def _copy(parts: Parts, source: Path, node: Node, plain: str) -> None:
+    shutil.copytree(source, node.data_dir, symlinks=True, dirs_exist_ok=True)
+    _configure(node, plain)
+    _give(parts, node.data_dir)
 
 
 def _configure(node: Node, plain: str) -> None:

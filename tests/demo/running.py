@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import psycopg
@@ -21,6 +23,7 @@ from harmony.demo.scenarios import Fault, Scenario
 from harmony.records import ClusterState
 
 T = TypeVar("T")
+TEMPLATES = tempfile.TemporaryDirectory(prefix="harmony-template-")  # for as long as Python runs
 
 
 class Running:
@@ -85,6 +88,7 @@ def under_load(kind: type[Cluster]) -> Iterator[Running]:
     """Three nodes, one of them leading, and clients that write; all gone afterwards."""
     base = make_base()
     cluster = kind.prepare("fast", base)
+    cluster.template = Path(TEMPLATES.name) / cluster.parts.postgres.version
     recorders = None
     try:
         cluster.start(lambda _: None)
