@@ -47,9 +47,9 @@ class ClusterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     request: str = ""  # id of the switchover request that it answers; empty: the leader's own doing
     clean: bool = False  # of a vacancy: PostgreSQL was shut down cleanly, and `lsn` is all there will ever be
     refused: tuple[str, str] | None = None  # (id, why) of a switchover request that came to nothing
-    # leadership that was taken without a hand-over: (term, the store's time of what was replaced), newest last
     begins: Count = 0  # where `timeline` left the one before; 0: not known
     reserved: Count = 0  # the newest timeline that was given away for a promotion
+    # leadership that was taken without a hand-over: (term, the store's time of what was replaced), newest last
     changes: tuple[tuple[int, int], ...] = ()
     # founded for a primary that runs already, whose fencer holds no lease yet: nobody else may ever lead by this
     adopting: bool = False

@@ -412,10 +412,8 @@ class Fencer:
             await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
-        self._running = True
-        await self._finish(
-            msgspec.structs.replace(record, state="done", timeline=self._timeline.number), began
-        )
+        self._running, number = True, self._timeline.number
+        await self._finish(msgspec.structs.replace(record, state="done", timeline=number), began)
 
     def _may_promote(self) -> bool:
         return self._clock.now_ns() < self._deadline_ns and not self._ledger.latched
