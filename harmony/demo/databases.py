@@ -102,16 +102,14 @@ def make_databases(parts: Parts, nodes: list[Node], template: Path | None = None
             shutil.chown(node.data_dir, user, pwd.getpwnam(user).pw_gid)
     if template is not None and template.exists():
         plain = (template / "postgresql.conf").read_text()
-        _copy(parts, template, nodes[0], plain)
+        _copy(parts, template, nodes[0], plain, standby=False)
     else:
         plain = _make(parts, nodes[0])
         if template is not None:
             shutil.copytree(nodes[0].data_dir, template, symlinks=True)
             (template / "postgresql.conf").write_text(plain)
     for node in nodes[1:]:
-        _copy(parts, nodes[0].data_dir, node, plain)
-        (node.data_dir / "standby.signal").touch(mode=0o600)
-        _give(parts, node.data_dir)
+        _copy(parts, nodes[0].data_dir, node, plain, standby=True)
 
 
 def _make(parts: Parts, first: Node) -> str:
@@ -141,8 +139,10 @@ def _make(parts: Parts, first: Node) -> str:
     return plain
 
 
-def _copy(parts: Parts, source: Path, node: Node, plain: str) -> None:
+def _copy(parts: Parts, source: Path, node: Node, plain: str, *, standby: bool) -> None:
     shutil.copytree(source, node.data_dir, symlinks=True, dirs_exist_ok=True)
+    if standby:
+        (node.data_dir / "standby.signal").touch(mode=0o600)
     _configure(node, plain)
     _give(parts, node.data_dir)
 
