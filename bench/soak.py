@@ -186,10 +186,14 @@ def committed(where: str) -> int:
     return int(row[0]) if row is not None else 0
 
 
+def logs(cluster: Cluster) -> dict[str, str]:
+    """What each node has logged so far."""
+    return {n: (node.folder / "node.log").read_text(errors="replace") for n, node in cluster.nodes.items()}
+
+
 def silences(cluster: Cluster) -> int:
     """How often a node has logged that the store did not answer."""
-    logs = [(node.folder / "node.log").read_text(errors="replace") for node in cluster.nodes.values()]
-    return sum(text.count('"event": "store unavailable"') for text in logs)
+    return sum(text.count('"event": "store unavailable"') for text in logs(cluster).values())
 
 
 def watch_for(seconds: float, watch: Watch, cluster: Cluster, into: list[Sample]) -> None:
@@ -244,13 +248,10 @@ def soak(options: argparse.Namespace) -> tuple[Outcome, str]:
         outcome.needless, outcome.silences = watch.changed(), silences(cluster) - silent
         outcome.missed, outcome.least_lease_ms = watch.failures, watch.least_lease_ms
         if outcome.needless:
-            told = {
-                n: (node.folder / "node.log").read_text(errors="replace") for n, node in cluster.nodes.items()
-            }
             with tempfile.NamedTemporaryFile(
                 "w", prefix="harmony-soak-", suffix=".log", delete=False
             ) as kept:
-                kept.write(merged(told, []))
+                kept.write(merged(logs(cluster), []))
             outcome.kept = kept.name
         with contextlib.suppress(psycopg.Error):  # it may lead no more, which is told as needless
             outcome.transactions = committed(where) - before
