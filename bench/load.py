@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import psutil
 import psycopg
@@ -32,6 +33,7 @@ import psycopg
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
 from harmony.demo.cluster import Cluster, ask_status, make_base
+from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
 
 BUSY = "while True: pass"
@@ -92,6 +94,8 @@ class Watch:
         self.first = self.look()
         self.least_lease_ms: float | None = None
         self.failures = 0
+        self._silent: dict[str, str] = {}  # by node: why its fencer does not answer
+        self.silences: list[str] = []
 
     def look(self) -> dict[str, object]:
         """Term and primary; each node's fencer and agent processes; each fencer's own fences."""
@@ -116,7 +120,14 @@ class Watch:
     def tick(self) -> None:
         """Called about twice a second."""
         for name, node in self._cluster.nodes.items():
-            status = self.fencer(name)
+            try:
+                status = self.fencer(name)
+            except FencerUnavailable as e:
+                if name not in self._silent:
+                    self.silences.append(f"{datetime.now(UTC):%H:%M:%S.%f} the fencer of {name} is silent: {e}")
+                self._silent[name] = str(e)
+                continue
+            self._silent.pop(name, None)
             if status.active is not None and status.lease_deadline_boottime_ns is not None:
                 left = (status.lease_deadline_boottime_ns - status.now_boottime_ns) / 1e6
                 self.least_lease_ms = min(left, self.least_lease_ms or left)
@@ -124,8 +135,9 @@ class Watch:
             self.failures = max(self.failures, agent.myself.failures if agent is not None else 0)
 
     def changed(self) -> list[str]:
+        """Each change, and each time a fencer did not answer. Raises FencerUnavailable: one still does not."""
         now = self.look()
-        return [f"{k}: {v} -> {now[k]}" for k, v in self.first.items() if now[k] != v]
+        return [f"{k}: {v} -> {now[k]}" for k, v in self.first.items() if now[k] != v] + self.silences
 
 
 def needed_fence(cluster: Cluster, watch: Watch) -> float:

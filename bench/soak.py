@@ -5,8 +5,9 @@
 Three nodes, the store and the whole load share this machine: pgbench with four clients (own writers where there is no
 pgbench), VACUUM FULL and CHECKPOINT in turn, and for each core a compression job that never ends. Once a minute the CPU
 time and the memory of each process are looked at; first for `idle-minutes` without the load. The store gets nice -15:
-it is elsewhere in production. A change of term, an own fence, a restarted child or PostgreSQL is needless: exit code 1,
-and what all nodes have logged is kept. Nothing else may run beside it: a fence that it has caused looks alike.
+it is elsewhere in production. A change of term, an own fence, a restarted child or PostgreSQL, a fencer that
+does not answer is needless: exit code 1, and what all nodes have logged is kept. Nothing else may run beside it: a fence
+that it has caused looks alike.
 """
 
 from __future__ import annotations
@@ -196,6 +197,13 @@ def silences(cluster: Cluster) -> int:
     return sum(text.count('"event": "store unavailable"') for text in logs(cluster).values())
 
 
+def keep(cluster: Cluster) -> str:
+    """What all nodes have logged, in one file that stays: where."""
+    with tempfile.NamedTemporaryFile("w", prefix="harmony-soak-", suffix=".log", delete=False) as kept:
+        kept.write(merged(logs(cluster), []))
+    return kept.name
+
+
 def watch_for(seconds: float, watch: Watch, cluster: Cluster, into: list[Sample]) -> None:
     """Look twice a second, and take a sample each minute, at the beginning and at the end."""
     begun = time.monotonic()
@@ -248,13 +256,12 @@ def soak(options: argparse.Namespace) -> tuple[Outcome, str]:
         outcome.needless, outcome.silences = watch.changed(), silences(cluster) - silent
         outcome.missed, outcome.least_lease_ms = watch.failures, watch.least_lease_ms
         if outcome.needless:
-            with tempfile.NamedTemporaryFile(
-                "w", prefix="harmony-soak-", suffix=".log", delete=False
-            ) as kept:
-                kept.write(merged(logs(cluster), []))
-            outcome.kept = kept.name
+            outcome.kept = keep(cluster)
         with contextlib.suppress(psycopg.Error):  # it may lead no more, which is told as needless
             outcome.transactions = committed(where) - before
+    except Exception:
+        sys.stderr.write(f"what all nodes have logged: {keep(cluster)}\n")
+        raise
     finally:
         cluster.stop()
         shutil.rmtree(base, ignore_errors=True)
