@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 from harmony.demo import procs
-from harmony.demo.cluster import Cluster, free_ports, make_base
+from harmony.demo.cluster import Cluster, free_ports, make_base, remove_base
 from harmony.demo.parts import environment, find_parts
 
 KINDS = {"fencer": "harmony_fencer", "agent": "harmony.agent", "supervisor": "harmony_supervisor"}
@@ -61,7 +61,7 @@ def harmony(preset: str, seconds: float) -> dict[str, Cost]:
         return cost({kind: procs.with_argument(base, (module,)) for kind, module in KINDS.items()}, seconds)
     finally:
         cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
 
 
 def patroni(venv: Path, seconds: float) -> dict[str, Cost]:

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ import psycopg
 
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
-from harmony.demo.cluster import Cluster, ask_status, make_base
+from harmony.demo.cluster import Cluster, ask_status, make_base, remove_base
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
 
@@ -124,7 +123,9 @@ class Watch:
                 status = self.fencer(name)
             except FencerUnavailable as e:
                 if name not in self._silent:
-                    self.silences.append(f"{datetime.now(UTC):%H:%M:%S.%f} the fencer of {name} is silent: {e}")
+                    self.silences.append(
+                        f"{datetime.now(UTC):%H:%M:%S.%f} the fencer of {name} is silent: {e}"
+                    )
                 self._silent[name] = str(e)
                 continue
             self._silent.pop(name, None)
@@ -225,7 +226,7 @@ def main() -> None:
                 say(f"round {number + 1}: last acknowledgement {late[-1]:.1f} ms after the deadline")
     finally:
         cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
     print(f"{platform.release()}, {os.cpu_count()} cores, preset {options.preset}: {words}")
     print(f"{options.minutes:g} minutes: {len(needless)} needless changes {needless or ''}")
     print(f"least lease left as seen: {watch.least_lease_ms:.0f} ms of {timing.lease_s * 1000:.0f}; ", end="")

@@ -37,7 +37,7 @@ import trio_asyncio
 from msgspec.structs import replace
 
 from harmony.core.timing import PRESETS, Timing
-from harmony.demo.cluster import Cluster, free_ports, make_base
+from harmony.demo.cluster import Cluster, free_ports, make_base, remove_base
 from harmony.demo.databases import HOST
 from harmony.demo.parts import find_nats
 from harmony.errors import SequenceMismatch, StoreUnavailable
@@ -330,6 +330,7 @@ def measure_agents(preset: str, seconds: float) -> Cost:
             return server.cost(before, server.counted(), 1, len(cluster.nodes))
     finally:
         cluster.stop()
+        remove_base(base)
 
 
 # ---------------------------------------------------------------- the table

@@ -6,8 +6,8 @@ Three nodes, the store and the whole load share this machine: pgbench with four 
 pgbench), VACUUM FULL and CHECKPOINT in turn, and for each core a compression job that never ends. Once a minute the CPU
 time and the memory of each process are looked at; first for `idle-minutes` without the load. The store gets nice -15:
 it is elsewhere in production. A change of term, an own fence, a restarted child or PostgreSQL, a fencer that
-does not answer is needless: exit code 1, and what all nodes have logged is kept. Nothing else may run beside it: a fence
-that it has caused looks alike.
+does not answer is needless: exit code 1, and what all nodes have logged is kept. Nothing else may run beside it: what
+that causes looks alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from bench.ha.merged import merged
 from bench.load import Watch, Writer, end
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
-from harmony.demo.cluster import Cluster, make_base
+from harmony.demo.cluster import Cluster, make_base, remove_base
 from harmony.demo.parts import environment
 
 COMPRESS = "import os, zlib\nb = os.urandom(1 << 20) * 4\nwhile True:\n    zlib.compress(b, 9)"
@@ -264,7 +263,7 @@ def soak(options: argparse.Namespace) -> tuple[Outcome, str]:
         raise
     finally:
         cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
     return outcome, load.what
 
 

@@ -11,7 +11,6 @@ and two writable primaries at once are an error. Prints each pause, the median a
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import psycopg
 
 from harmony.demo import measure
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import NODES, Cluster, make_base
+from harmony.demo.cluster import NODES, Cluster, make_base, remove_base
 from harmony.demo.recorder import Recorders
 
 
@@ -84,7 +83,7 @@ def measured(preset: str, runs: int, dirty: int) -> list[float]:
         if recorders is not None:
             recorders.stop()
         cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
 
 
 def wait_until_streaming(cluster: Cluster) -> None:

@@ -26,7 +26,7 @@ TEXT: dict[str, tuple[str, str]] = {
     ),
     "node.run_dir": (
         "folder of sockets and lease, on tmpfs",
-        "its path must be short (107 bytes with the socket)",
+        "on a disk each renewal waits for it; its path must be short (107 bytes with the socket)",
     ),
     "store.type": ("nats, or memory (tests only)", "memory is shared by nobody"),
     "store.urls": (

@@ -34,7 +34,7 @@ from harmony_fencer.ledger import Ledger, load_state
 from harmony_fencer.log import log, wants_console
 from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation, Latch
-from harmony_fencer.realtime import steady
+from harmony_fencer.realtime import on_a_disk, steady
 from harmony_fencer.server import bind, serve
 from harmony_fencer.watchdog import Device
 
@@ -345,7 +345,7 @@ def main() -> None:
             adopt.withdraw(Path(config.run_dir))
             code = 0
         else:
-            code = _serve(config, options, missing)
+            code = _serve(config, options, missing + on_a_disk(Path(config.run_dir)))
     except BaseException as e:
         log.critical("ended by an error", error=repr(e))
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 PRIORITY = 5
 NICE = -10
@@ -34,6 +35,25 @@ def steady() -> list[str]:
     if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
         missing.append(f"locked memory ({os.strerror(ctypes.get_errno())})")
     return missing
+
+
+def on_a_disk(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> list[str]:
+    """That `folder` is not in memory, in words; [] where it is. Each renewal writes there, in the event loop: on a disk
+    that others keep busy it waits for them, for a tenth of a second and more. Source: proc_pid_mountinfo(5)."""
+    try:
+        device = folder.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        found = [
+            line.partition(" - ")[2].split()
+            for line in mounts.read_text(errors="replace").splitlines()
+            if line.split()[2:3] == [number]
+        ]
+    except OSError:
+        found = []
+    kind = found[0][0] if found and found[0] else "a disk"
+    return (
+        [] if kind in {"tmpfs", "ramfs"} else [f"a run_dir in memory ({folder} is on {kind}, not on tmpfs)"]
+    )
 
 
 def ordinary() -> list[str]:

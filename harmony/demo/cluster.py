@@ -1,6 +1,6 @@
 """Brings a whole small cluster up on this machine and takes it down: NATS, three nodes, their supervisors.
 
-It makes and removes one temporary directory, and ends only processes that belong to it.
+It makes and removes one temporary directory (and one in memory), and ends only processes that belong to it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from harmony.errors import ConfigError
 
 NODES = ("n1", "n2", "n3")
 START_TIMEOUT_S = 60.0
+MEMORY = Path("/dev/shm")  # noqa: S108 (a tmpfs, as /run is)
 LONGEST_SOCKET_PATH = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
 _reply: msgspec.json.Decoder[StatusReply] = msgspec.json.Decoder(StatusReply)
 Say = Callable[[str], object]
@@ -67,6 +68,12 @@ def make_base() -> Path:
     base = Path(tempfile.mkdtemp(prefix="harmony-demo-", dir=root))
     base.chmod(0o755)
     return base.resolve()
+
+
+def remove_base(base: Path) -> None:
+    """The directory, and what its nodes have in memory."""
+    shutil.rmtree(MEMORY / base.name, ignore_errors=True)
+    shutil.rmtree(base, ignore_errors=True)
 
 
 def ask_status(path: Path, timeout_s: float = 0.5) -> StatusReply | None:
@@ -149,11 +156,19 @@ class Cluster:
         self._wait_until_replicating(say)
 
     def lay_out(self) -> None:
-        """Make the nodes' folders, with the owners that their processes need."""
+        """Make the nodes' folders, with the owners that their processes need; `run` in memory, as in production."""
         user = self.parts.users.postgres
+        memory = MEMORY / self.base.name if os.access(MEMORY, os.W_OK | os.X_OK) else None
+        if memory is not None:
+            memory.mkdir()  # not one that is there already: it would be somebody else's
+            memory.chmod(0o755)
         for node in self.nodes.values():
+            node.folder.mkdir(parents=True)
+            if memory is not None:
+                (memory / node.name).mkdir()
+                (node.folder / "run").symlink_to(memory / node.name)
             for folder, mode in (("run", 0o755), ("state", 0o711), ("sock", 0o755)):
-                (node.folder / folder).mkdir(parents=True)
+                (node.folder / folder).mkdir(exist_ok=True)
                 (node.folder / folder).chmod(mode)
             node.folder.chmod(0o755)
             if user is not None:

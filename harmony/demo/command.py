@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 
 from harmony.core.timing import PRESETS
-from harmony.demo.cluster import Cluster, make_base
+from harmony.demo.cluster import MEMORY, Cluster, make_base, remove_base
 from harmony.demo.parts import SetupError
 from harmony.demo.scenarios import Result, Run, Scenario
 from harmony.demo.view import View
@@ -89,9 +89,9 @@ def _remove(cluster: Cluster | None, base: Path, keep_logs: bool, view: View) ->
         view.say(f"These processes would not end: {left}; their files stay in {base}")
         return
     if not keep_logs:
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
         return
-    for data in [*base.glob("n*/data"), base / "jetstream", base / "embedded_postgres"]:
+    for data in [*base.glob("n*/data"), base / "jetstream", base / "embedded_postgres", MEMORY / base.name]:
         shutil.rmtree(data, ignore_errors=True)
     view.say(f"Logs and recordings: {base}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -37,7 +36,7 @@ from harmony.agent.shell import boot_ns
 from harmony.core.messages import HealthSeen
 from harmony.core.timing import NS
 from harmony.demo import procs
-from harmony.demo.cluster import Cluster, make_base
+from harmony.demo.cluster import Cluster, make_base, remove_base
 from harmony.demo.databases import _program, make_databases
 from tests import disk
 
@@ -287,7 +286,7 @@ def started() -> Iterator[Cluster]:
         yield cluster
     finally:
         procs.kill_everything(base, [data])
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
 
 
 @pytest.fixture

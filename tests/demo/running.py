@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import psycopg
 from bench.ha.merged import merged
 from harmony.demo import measure
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import Cluster, ask_status, make_base
+from harmony.demo.cluster import Cluster, ask_status, make_base, remove_base
 from harmony.demo.recorder import Recorders
 from harmony.demo.scenarios import Fault, Scenario
 from harmony.records import ClusterState
@@ -101,5 +100,5 @@ def under_load(kind: type[Cluster]) -> Iterator[Running]:
         if recorders is not None:
             recorders.stop()
         left = cluster.stop()
-        shutil.rmtree(base, ignore_errors=True)
+        remove_base(base)
         assert left == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,11 @@ import pytest
 
 from harmony.demo import measure, procs
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import Cluster, make_base
+from harmony.demo.cluster import Cluster, make_base, remove_base
 from harmony.demo.databases import _program, make_databases
 from harmony.demo.parts import FORCE_POSTGRES, SetupError
 from harmony.demo.recorder import Recorders
+from harmony_fencer.realtime import on_a_disk
 
 pytestmark = pytest.mark.real
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.real
 def base() -> Iterator[Path]:
     made = make_base()
     yield made
-    shutil.rmtree(made, ignore_errors=True)
+    remove_base(made)
 
 
 def soon(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -53,6 +53,7 @@ def test_writes_are_recorded_and_everything_is_stopped(
     try:
         cluster.start_nats()
         cluster.lay_out()
+        assert all(not on_a_disk(node.folder / "run") for node in cluster.nodes.values())
         make_databases(cluster.parts, list(cluster.nodes.values()))
         for node in cluster.nodes.values():  # n1 as the primary, the others as standbys of it
             if node.name != "n1":

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from harmony_fencer import processes, protocol
+from harmony_fencer import processes, protocol, realtime
 from harmony_fencer.protocol import Generation
 from tests.fencer.node import FENCE_S, LEASE_S, Node
 
@@ -50,6 +51,25 @@ def test_activate_renew_and_the_end_of_the_lease(node: Node) -> None:
     assert status.self_fence.reason == "the lease is over"  # not the second net, for stray writability
     assert not node.pids()
     assert refused(node.renew(1, 1)) == "not_active"
+
+
+def test_a_run_dir_on_a_disk_is_named(node: Node) -> None:
+    """Each renewal is written there by the event loop: 0.35 s under load, and the supervisor kills at 0.36."""
+
+    def kind(folder: Path) -> str:
+        return subprocess.run(
+            ["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True
+        ).stdout
+
+    node.start()
+    where = f"a run_dir in memory ({node.run} is on "
+    assert (where in node.log()) == (kind(node.run) != "tmpfs\n")
+    shared = Path("/dev/shm")  # noqa: S108
+    assert kind(shared) != "tmpfs\n" or not realtime.on_a_disk(shared)
+    assert kind(Path("/sys")) == "sysfs\n"
+    assert realtime.on_a_disk(Path("/sys")) == ["a run_dir in memory (/sys is on sysfs, not on tmpfs)"]
+    unknown = realtime.on_a_disk(node.run, mounts=node.top / "missing")
+    assert unknown == [f"a run_dir in memory ({node.run} is on a disk, not on tmpfs)"]
 
 
 def test_stale_orders_are_refused_and_repeats_get_their_outcome(node: Node) -> None:
