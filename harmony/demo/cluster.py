@@ -37,6 +37,7 @@ from harmony.errors import ConfigError
 NODES = ("n1", "n2", "n3")
 START_TIMEOUT_S = 60.0
 MEMORY = Path("/dev/shm")  # noqa: S108 (a tmpfs, as /run is)
+MEMORY_NEEDED = 16 << 20  # bytes: PostgreSQL has its shared memory there, too, and a container 64 MB of it
 LONGEST_SOCKET_PATH = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
 _reply: msgspec.json.Decoder[StatusReply] = msgspec.json.Decoder(StatusReply)
 Say = Callable[[str], object]
@@ -158,7 +159,8 @@ class Cluster:
     def lay_out(self) -> None:
         """Make the nodes' folders, with the owners that their processes need; `run` in memory, as in production."""
         user = self.parts.users.postgres
-        memory = MEMORY / self.base.name if os.access(MEMORY, os.W_OK | os.X_OK) else None
+        usable = os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
+        memory = MEMORY / self.base.name if usable else None
         if memory is not None:
             memory.mkdir()  # not one that is there already: it would be somebody else's
             memory.chmod(0o755)

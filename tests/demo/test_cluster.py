@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from harmony.demo import measure, procs
 from harmony.demo.client import boottime_ns
-from harmony.demo.cluster import Cluster, make_base, remove_base
+from harmony.demo.cluster import MEMORY, MEMORY_NEEDED, Cluster, make_base, remove_base
 from harmony.demo.databases import _program, make_databases
 from harmony.demo.parts import FORCE_POSTGRES, SetupError
 from harmony.demo.recorder import Recorders
@@ -53,7 +54,8 @@ def test_writes_are_recorded_and_everything_is_stopped(
     try:
         cluster.start_nats()
         cluster.lay_out()
-        assert all(not on_a_disk(node.folder / "run") for node in cluster.nodes.values())
+        if shutil.disk_usage(MEMORY).free > MEMORY_NEEDED:
+            assert not [said for node in cluster.nodes.values() for said in on_a_disk(node.folder / "run")]
         make_databases(cluster.parts, list(cluster.nodes.values()))
         for node in cluster.nodes.values():  # n1 as the primary, the others as standbys of it
             if node.name != "n1":
