@@ -93,7 +93,7 @@ class Watch:
         self.first = self.look()
         self.least_lease_ms: float | None = None
         self.failures = 0
-        self._silent: dict[str, str] = {}  # by node: why its fencer does not answer
+        self._silent = set[str]()  # nodes whose fencer does not answer
         self.silences: list[str] = []
 
     def look(self) -> dict[str, object]:
@@ -126,9 +126,9 @@ class Watch:
                     self.silences.append(
                         f"{datetime.now(UTC):%H:%M:%S.%f} the fencer of {name} is silent: {e}"
                     )
-                self._silent[name] = str(e)
+                self._silent.add(name)
                 continue
-            self._silent.pop(name, None)
+            self._silent.discard(name)
             if status.active is not None and status.lease_deadline_boottime_ns is not None:
                 left = (status.lease_deadline_boottime_ns - status.now_boottime_ns) / 1e6
                 self.least_lease_ms = min(left, self.least_lease_ms or left)

@@ -186,20 +186,15 @@ def committed(where: str) -> int:
     return int(row[0]) if row is not None else 0
 
 
-def logs(cluster: Cluster) -> dict[str, str]:
-    """What each node has logged so far."""
-    return {n: (node.folder / "node.log").read_text(errors="replace") for n, node in cluster.nodes.items()}
-
-
 def silences(cluster: Cluster) -> int:
     """How often a node has logged that the store did not answer."""
-    return sum(text.count('"event": "store unavailable"') for text in logs(cluster).values())
+    return sum(text.count('"event": "store unavailable"') for text in cluster.logs().values())
 
 
 def keep(cluster: Cluster) -> str:
     """What all nodes have logged, in one file that stays: where."""
     with tempfile.NamedTemporaryFile("w", prefix="harmony-soak-", suffix=".log", delete=False) as kept:
-        kept.write(merged(logs(cluster), []))
+        kept.write(merged(cluster.logs(), []))
     return kept.name
 
 

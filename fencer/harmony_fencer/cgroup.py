@@ -18,17 +18,19 @@ from pathlib import Path
 FREEZE_POLL_S = 0.0005
 
 
+def mounts(table: Path = Path("/proc/self/mountinfo")) -> list[tuple[str, Path, str]]:
+    """(device as major:minor, where, type) of each; [] where they cannot be read. Source: proc_pid_mountinfo(5)."""
+    try:
+        halves = [line.partition(" - ") for line in table.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    found = [(left.split(" "), right.split(" ", 1)[0]) for left, _, right in halves]
+    return [(left[2], Path(left[4].replace("\\040", " ")), kind) for left, kind in found if len(left) > 4]
+
+
 def mount_point() -> Path | None:
     """Where cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified beside v1. Never assumed."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        if right.split(" ", 1)[0] == "cgroup2":
-            return Path(left.split(" ")[4].replace("\\040", " "))
-    return None
+    return next((where for _, where, kind in mounts() if kind == "cgroup2"), None)
 
 
 def path_of(pid: int | str) -> str | None:

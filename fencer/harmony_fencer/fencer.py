@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import trio
+from msgspec.structs import replace
 
 from harmony_fencer import durable
 from harmony_fencer import lease as leases
@@ -110,7 +110,7 @@ class Fencer:
         elif not pids:
             await self.mark_standby()
         if order is not None and order.state == "running":
-            self._order = msgspec.structs.replace(order, state="preempted", detail="the fencer restarted")
+            self._order = replace(order, state="preempted", detail="the fencer restarted")
         nursery.start_soon(self._learn)
         nursery.start_soon(self._ledger.catch_up, self._bell.ring)
 
@@ -337,9 +337,9 @@ class Fencer:
 
     def _effect_ended(self, cancelled: bool) -> None:
         if cancelled and self._order is not None and self._order.state == "running":
-            self._order = msgspec.structs.replace(self._order, state="preempted")
+            self._order = replace(self._order, state="preempted")
         if cancelled and self._self_fence is not None and self._self_fence.state == "running":
-            self._self_fence = msgspec.structs.replace(self._self_fence, state="preempted")
+            self._self_fence = replace(self._self_fence, state="preempted")
         self._bell.ring()
 
     def _begin(self, effect: Callable[[], Awaitable[None]]) -> None:
@@ -347,7 +347,7 @@ class Fencer:
         self._bell.ring()
 
     async def _finish(self, record: OrderRecord, began_ns: int) -> None:
-        record = msgspec.structs.replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
+        record = replace(record, took_ms=(self._clock.now_ns() - began_ns) / 1e6)
         following = record.primary if record.op in {"follow", "rejoin"} and record.state == "done" else None
         level = log.info if record.state == "done" else log.error
         told = {"op": record.op, "generation": str(record.generation), "state": record.state}
@@ -356,7 +356,7 @@ class Fencer:
         def ended(s: states.State) -> states.State:
             if s.highest != record.generation:
                 return s  # a newer order was accepted meanwhile
-            return msgspec.structs.replace(s, order=record, following=following)
+            return replace(s, order=record, following=following)
 
         try:
             await self._ledger.persist(ended)
@@ -383,7 +383,7 @@ class Fencer:
         began = self._clock.now_ns()
         outcome = await self._stop(clean_until_ns)
         state = "done" if outcome.proven else "failed"
-        told = msgspec.structs.replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs)
+        told = replace(record, state=state, detail=outcome.detail, rungs=outcome.rungs)
         await self._finish(told, began)
         if not outcome.proven:
             await self._until_proven(f"the fence {record.generation} was not proven", 0)
@@ -409,11 +409,11 @@ class Fencer:
             self._drop_lease()
             if isinstance(e, TimelineTakenError):
                 self._timeline = max(self._timeline, Newest(e.timeline))
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
+            await self._finish(replace(record, state="failed", detail=explain(e)), began)
             await self._until_proven(f"the activation {record.generation} failed", 0)
             return
-        self._running, number = True, self._timeline.number
-        await self._finish(msgspec.structs.replace(record, state="done", timeline=number), began)
+        self._running = True
+        await self._finish(replace(record, state="done", timeline=self._timeline.number), began)
 
     def _may_promote(self) -> bool:
         return self._clock.now_ns() < self._deadline_ns and not self._ledger.latched
@@ -432,10 +432,10 @@ class Fencer:
         try:
             detail = await self._standby.carry_out(request, self._ledger, clean_until_ns)
         except Exception as e:  # noqa: BLE001 (a standby that cannot be started is an outcome, not our end)
-            await self._finish(msgspec.structs.replace(record, state="failed", detail=explain(e)), began)
+            await self._finish(replace(record, state="failed", detail=explain(e)), began)
             return
         self._running = True
-        await self._finish(msgspec.structs.replace(record, state="done", detail=detail), began)
+        await self._finish(replace(record, state="done", detail=detail), began)
 
     # ------------------------------------------------------------ fences of its own
 

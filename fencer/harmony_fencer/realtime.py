@@ -6,12 +6,16 @@ are above every ordinary process and below everything of the kernel's that matte
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
 
+from harmony_fencer.cgroup import mounts
+
 PRIORITY = 5
 NICE = -10
+IN_MEMORY = {"tmpfs", "ramfs"}
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,23 +41,15 @@ def steady() -> list[str]:
     return missing
 
 
-def on_a_disk(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> list[str]:
+def on_a_disk(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> list[str]:
     """That `folder` is not in memory, in words; [] where it is. Each renewal writes there, in the event loop: on a disk
-    that others keep busy it waits for them, for a tenth of a second and more. Source: proc_pid_mountinfo(5)."""
-    try:
+    that others keep busy it waits for them, for a tenth of a second and more."""
+    number = ""
+    with contextlib.suppress(OSError):
         device = folder.stat().st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
-        found = [
-            line.partition(" - ")[2].split()
-            for line in mounts.read_text(errors="replace").splitlines()
-            if line.split()[2:3] == [number]
-        ]
-    except OSError:
-        found = []
-    kind = found[0][0] if found and found[0] else "a disk"
-    return (
-        [] if kind in {"tmpfs", "ramfs"} else [f"a run_dir in memory ({folder} is on {kind}, not on tmpfs)"]
-    )
+    kind = next((kind for at, _, kind in mounts(table) if at == number), "a disk")
+    return [] if kind in IN_MEMORY else [f"a run_dir in memory ({folder} is on {kind}, not on tmpfs)"]
 
 
 def ordinary() -> list[str]:

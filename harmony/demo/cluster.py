@@ -71,6 +71,12 @@ def make_base() -> Path:
     return base.resolve()
 
 
+def memory_folder() -> Path | None:
+    """Where writes wait for no disk, as in a real run_dir; None where there is no such folder, or too little room."""
+    usable = os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
+    return MEMORY if usable else None
+
+
 def remove_base(base: Path) -> None:
     """The directory, and what its nodes have in memory."""
     shutil.rmtree(MEMORY / base.name, ignore_errors=True)
@@ -118,6 +124,10 @@ class Cluster:
         nodes = {name: Node(name, base / name, port) for name, port in zip(NODES, ports[1:], strict=True)}
         return cls(base, preset, find_parts(base), nodes, ports[0], f"demo-{secrets.token_hex(4)}")
 
+    def logs(self) -> dict[str, str]:
+        """What each node has logged so far."""
+        return {n: (node.folder / "node.log").read_text(errors="replace") for n, node in self.nodes.items()}
+
     def conninfo(self, name: str, user: str = "app") -> str:
         """libpq's connection string for one node."""
         return f"host={HOST} port={self.nodes[name].port} user={user} dbname=postgres sslmode=disable"
@@ -159,8 +169,8 @@ class Cluster:
     def lay_out(self) -> None:
         """Make the nodes' folders, with the owners that their processes need; `run` in memory, as in production."""
         user = self.parts.users.postgres
-        usable = os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED
-        memory = MEMORY / self.base.name if usable else None
+        shared = memory_folder()
+        memory = shared / self.base.name if shared is not None else None
         if memory is not None:
             memory.mkdir()  # not one that is there already: it would be somebody else's
             memory.chmod(0o755)

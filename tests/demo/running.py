@@ -41,9 +41,7 @@ class Running:
 
     def logs(self) -> str:
         """The last lines of all nodes, in the order of time."""
-        nodes = self.cluster.nodes.items()
-        told = {name: (node.folder / "node.log").read_text(errors="replace") for name, node in nodes}
-        lines = merged(told, []).splitlines()
+        lines = merged(self.cluster.logs(), []).splitlines()
         return "\n".join(line[:400] for line in lines[-150:])
 
     def acks_by(self, name: str, since_ns: int) -> int:

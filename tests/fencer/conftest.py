@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harmony.demo.cluster import memory_folder
 from harmony.demo.parts import Parts, find_parts, run_as
-from tests.fencer.node import Node, Template, memory_folder
+from tests.fencer.node import Node, Template
 from tests.fencer.pair import Pair, Primary
 
 

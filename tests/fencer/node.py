@@ -43,11 +43,6 @@ class Template:
     user: str | None
 
 
-def memory_folder() -> str | None:
-    """For tests about moments: a folder whose writes wait for no disk (run_dir is such a one in real life)."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
-
-
 def boot_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 

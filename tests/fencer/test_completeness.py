@@ -24,11 +24,12 @@ import psycopg
 import pytest
 import trio
 
+from harmony.demo.cluster import memory_folder
 from harmony_fencer import cgroup, processes, protocol
 from harmony_fencer.config import load
 from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation
-from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns, memory_folder
+from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
 
 pytestmark = pytest.mark.real
 

@@ -27,6 +27,7 @@ import msgspec
 import pytest
 import trio
 
+from harmony.demo.cluster import memory_folder
 from harmony.errors import HarmonyError
 from harmony_fencer import durable, protocol
 from harmony_fencer import lease as leases
@@ -36,7 +37,7 @@ from harmony_fencer.ledger import Ledger, load_state
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
 from tests import disk as disks
 from tests.fencer.fakes import HeldDisk, configuration
-from tests.fencer.node import FENCE_S, LEASE_S, Node, memory_folder
+from tests.fencer.node import FENCE_S, LEASE_S, Node
 
 OWN = {str(Path(m.__file__)) for m in (durable, states, leases)} | {Path.write_bytes.__code__.co_filename}
 

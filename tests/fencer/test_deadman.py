@@ -21,11 +21,12 @@ from pathlib import Path
 
 import pytest
 
+from harmony.demo.cluster import memory_folder
 from harmony_fencer import cgroup, protocol
 from harmony_fencer import lease as leases
 from harmony_fencer.clock import boot_id
 from harmony_fencer.protocol import Generation
-from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns, memory_folder
+from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
 
 pytestmark = pytest.mark.real
 

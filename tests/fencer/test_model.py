@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from harmony.demo.cluster import memory_folder
 from harmony_fencer import lease as leases
 from harmony_fencer import state as states
 from harmony_fencer.fencer import Fencer, Parts
@@ -52,7 +53,7 @@ from harmony_fencer.protocol import (
     Unfence,
 )
 from tests.fencer.fakes import NS, DrivenClock, HeldDisk, Killed, SteppedEngine, World, configuration
-from tests.fencer.node import FENCE_S, LEASE_S, memory_folder
+from tests.fencer.node import FENCE_S, LEASE_S
 
 LEASE_NS, FENCE_NS = round(LEASE_S * NS), round(FENCE_S * NS)
 MS = 1_000_000

@@ -68,7 +68,7 @@ def test_a_run_dir_on_a_disk_is_named(node: Node) -> None:
     assert kind(shared) != "tmpfs\n" or not realtime.on_a_disk(shared)
     assert kind(Path("/sys")) == "sysfs\n"
     assert realtime.on_a_disk(Path("/sys")) == ["a run_dir in memory (/sys is on sysfs, not on tmpfs)"]
-    unknown = realtime.on_a_disk(node.run, mounts=node.top / "missing")
+    unknown = realtime.on_a_disk(node.run, table=node.top / "missing")
     assert unknown == [f"a run_dir in memory ({node.run} is on a disk, not on tmpfs)"]
 
 

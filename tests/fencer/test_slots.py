@@ -21,11 +21,12 @@ from harmony.agent.slots import Advance, Create, Drop, Wanted
 from harmony.config import PermanentSlot
 from harmony.core.messages import Surveyed
 from harmony.core.slots import Duty
+from harmony.demo.cluster import memory_folder
 from harmony.demo.parts import FORCE_POSTGRES, find_parts
 from harmony.records import slot_name
 from harmony_fencer import processes, protocol, settings
 from tests.fencer.conftest import make_template, pair_of
-from tests.fencer.node import Node, memory_folder
+from tests.fencer.node import Node
 from tests.fencer.pair import Pair, Primary
 
 pytestmark = pytest.mark.real
