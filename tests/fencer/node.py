@@ -97,6 +97,14 @@ class Writer:
         assert not self._thread.is_alive(), "the writer hangs"
 
 
+def _runs(pid: int) -> bool:
+    """Not ended yet, whatever it is; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
 class Node:
     def __init__(self, top: Path, template: Template) -> None:
         self.top, self.template = top, template
@@ -315,7 +323,7 @@ class Node:
                 pid = (path.read_text().split() or ["0"])[0]
                 if pid == "0" and self.pids():
                     continue  # it is being written
-                if pid == "0" or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                if pid == "0" or (Path(f"/proc/{pid}").exists() and not _runs(int(pid))):
                     path.unlink()
 
     def in_recovery(self) -> bool | None:
@@ -356,10 +364,15 @@ class Node:
         return found
 
     def kill_postgres(self) -> None:
-        """SIGKILL to all of it, as the OOM killer or an operator's killall would."""
-        while pids := self.pids():
+        """SIGKILL to all of it, as the OOM killer or an operator's killall would.
+
+        Until they have ended: one that is ending is no longer found, but may still hold the port.
+        """
+        killed: set[int] = set()
+        while (pids := self.pids()) or any(_runs(pid) for pid in killed):
             for pid in pids:
                 processes.send(pid, signal.SIGKILL, str(self.data))
+            killed.update(pids)
             time.sleep(0.005)
         self.tidy()
 
@@ -376,7 +389,9 @@ class Node:
             if condition():  # type: ignore[operator]
                 return
             time.sleep(0.02)
-        raise AssertionError(f"not within {seconds:g} s: {what}\n{self.log()}")
+        by_hand = self.top / "hand.log"
+        said = f"\nBy hand:\n{by_hand.read_text()[-2000:]}" if by_hand.exists() else ""
+        raise AssertionError(f"not within {seconds:g} s: {what}\n{self.log()}{said}")
 
     def destroy(self) -> None:
         if self.process is not None and self.process.poll() is None:
