@@ -1,8 +1,29 @@
-"""What all tests share: `--rewrite` renders documents and expected texts anew."""
+"""What all tests share: shared memory of their own, and `--rewrite`: documents and expected texts written anew."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+
 import pytest
+
+NEW_MOUNTS, NEW_IPC = 0x00020000, 0x08000000  # CLONE_NEWNS, CLONE_NEWIPC in <linux/sched.h>
+
+
+def pytest_configure() -> None:
+    """As root: /dev/shm and System V's shared memory of their own, which go with this process.
+
+    A killed PostgreSQL leaves its segments; Linux has 4,096 of System V's in all, and a day of tests leaves thousands.
+    """
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_MOUNTS | NEW_IPC) != 0:
+        print(f"no shared memory of their own for the tests: {os.strerror(ctypes.get_errno())}")
+        return
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "harmony-tests", "/dev/shm"], check=True)  # noqa: S108
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -124,3 +125,12 @@ def test_the_unit_keeps_its_promises() -> None:
         assert line in text
     for line in ("ExecStopPost=-", "--if-unguarded", "RestartPreventExitStatus=78"):
         assert line in text
+
+
+def test_killed_databases_leave_nothing_on_the_machine() -> None:
+    """tests/conftest.py: their shared memory goes with the tests' own namespaces."""
+    if subprocess.run(["unshare", "--mount", "--ipc", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("not allowed to make namespaces: killed PostgreSQLs leave their shared memory on this machine")
+    parent = Path(f"/proc/{os.getppid()}/ns/ipc")
+    assert Path("/proc/self/ns/ipc").readlink() != parent.readlink()
+    assert "harmony-tests" in Path("/proc/self/mounts").read_text()

@@ -30,7 +30,7 @@ from harmony.admin import MAX_LINE_BYTES, StatusReply
 from harmony.config import load
 from harmony.core.timing import PRESETS
 from harmony.demo import procs
-from harmony.demo.databases import HOST, Node, make_databases
+from harmony.demo.databases import HOST, Node, give_back_memory, make_databases
 from harmony.demo.parts import Parts, SetupError, environment, find_parts
 from harmony.errors import ConfigError
 
@@ -337,6 +337,8 @@ class Cluster:
         standbys = [p for data_dir in data_dirs for p in procs.postgres_of(data_dir)]
         cgroups = procs.cgroups_of(standbys)
         left = procs.kill_everything(self.base, data_dirs)
+        for data_dir in data_dirs if not left else []:
+            give_back_memory(self.parts.postgres, self.parts.users.postgres, data_dir)
         for cgroup in cgroups:
             with contextlib.suppress(OSError):
                 cgroup.rmdir()

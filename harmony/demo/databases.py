@@ -1,10 +1,12 @@
-"""Makes the demo nodes' databases: one initdb, roles and tables, and cold copies as standbys.
+"""Makes the demo nodes' databases: one initdb, roles and tables, and cold copies as standbys; and what is to be done
+before they are removed.
 
 It leaves nothing running: from here on only the fencers start PostgreSQL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 
-from harmony.demo.parts import Parts, SetupError, run_as
+from harmony.demo.parts import Parts, Postgres, SetupError, run_as
 
 HOST = "127.0.0.1"
 PROGRAM_TIMEOUT_S = 60.0
@@ -110,6 +112,22 @@ def make_databases(parts: Parts, nodes: list[Node], template: Path | None = None
             (template / "postgresql.conf").write_text(plain)
     for node in nodes[1:]:
         _copy(parts, nodes[0].data_dir, node, plain, standby=True)
+
+
+def give_back_memory(postgres: Postgres, user: str | None, data: Path) -> None:
+    """Before a data directory is removed: have PostgreSQL remove the shared memory that it left when it was killed.
+
+    A start in the same directory does so (System V's segment, of which Linux has 4,096 in all, and what is in
+    /dev/shm); nothing else ever would. Only where no PostgreSQL runs in it. Never raises.
+    """
+    if not (data / "PG_VERSION").exists():
+        return
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        (data / "postmaster.pid").unlink(missing_ok=True)  # its pid may be another program's by now
+        # No server without a postmaster is a standby: it ends before it recovers or writes anything.
+        (data / "standby.signal").touch()
+        argv = [f"{postgres.bin_dir}/postgres", "--single", "-D", str(data), "postgres"]
+        run_as(user, argv, postgres.library_dir, PROGRAM_TIMEOUT_S)
 
 
 def _make(parts: Parts, first: Node) -> str:

