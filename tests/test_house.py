@@ -130,7 +130,9 @@ def test_the_unit_keeps_its_promises() -> None:
 def test_killed_databases_leave_nothing_on_the_machine() -> None:
     """tests/conftest.py: their shared memory goes with the tests' own namespaces."""
     if subprocess.run(["unshare", "--mount", "--ipc", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("not allowed to make namespaces: killed PostgreSQLs leave their shared memory on this machine")
+        pytest.skip(
+            "not allowed to make namespaces: what a killed PostgreSQL left is taken back node by node"
+        )
     parent = Path(f"/proc/{os.getppid()}/ns/ipc")
     assert Path("/proc/self/ns/ipc").readlink() != parent.readlink()
     assert "harmony-tests" in Path("/proc/self/mounts").read_text()
