@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 
 import pytest
+
+from tests.hosts.keeper import mount
 
 NEW_MOUNTS, NEW_IPC = 0x00020000, 0x08000000  # CLONE_NEWNS, CLONE_NEWIPC in <linux/sched.h>
 
@@ -22,8 +23,8 @@ def pytest_configure() -> None:
     if libc.unshare(NEW_MOUNTS | NEW_IPC) != 0:
         print(f"no shared memory of their own for the tests: {os.strerror(ctypes.get_errno())}")
         return
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "harmony-tests", "/dev/shm"], check=True)  # noqa: S108
+    mount("--make-rprivate", "/")
+    mount("-t", "tmpfs", "-o", "mode=1777", "harmony-tests", "/dev/shm")  # noqa: S108
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -337,8 +337,9 @@ class Cluster:
         standbys = [p for data_dir in data_dirs for p in procs.postgres_of(data_dir)]
         cgroups = procs.cgroups_of(standbys)
         left = procs.kill_everything(self.base, data_dirs)
-        for data_dir in data_dirs if not left else []:
-            give_back_memory(self.parts.postgres, self.parts.users.postgres, data_dir)
+        if not left:
+            for data_dir in data_dirs:
+                give_back_memory(self.parts.postgres, self.parts.users.postgres, data_dir)
         for cgroup in cgroups:
             with contextlib.suppress(OSError):
                 cgroup.rmdir()

@@ -37,7 +37,7 @@ from harmony.core.messages import HealthSeen
 from harmony.core.timing import NS
 from harmony.demo import procs
 from harmony.demo.cluster import Cluster, make_base, remove_base
-from harmony.demo.databases import _program, give_back_memory, make_databases
+from harmony.demo.databases import _program, make_databases
 from tests import disk
 
 TIMEOUT_S = 0.5
@@ -294,8 +294,7 @@ def started() -> Iterator[Cluster]:
         _program(cluster.parts, "pg_ctl", "-D", str(data), "-w", "-l", f"{data}/log", "start")
         yield cluster
     finally:
-        procs.kill_everything(base, [data])
-        give_back_memory(cluster.parts.postgres, cluster.parts.users.postgres, data)
+        cluster.stop()
         remove_base(base)
 
 

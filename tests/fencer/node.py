@@ -98,14 +98,6 @@ class Writer:
         assert not self._thread.is_alive(), "the writer hangs"
 
 
-def _runs(pid: int) -> bool:
-    """Not ended yet, whatever it is; a zombie has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
-    except OSError:
-        return False
-
-
 class Node:
     def __init__(self, top: Path, template: Template) -> None:
         self.top, self.template = top, template
@@ -324,7 +316,7 @@ class Node:
                 pid = (path.read_text().split() or ["0"])[0]
                 if pid == "0" and self.pids():
                     continue  # it is being written
-                if pid == "0" or (Path(f"/proc/{pid}").exists() and not _runs(int(pid))):
+                if pid == "0" or (Path(f"/proc/{pid}").exists() and not processes._alive(int(pid))):
                     path.unlink()
 
     def in_recovery(self) -> bool | None:
@@ -370,7 +362,7 @@ class Node:
         Until they have ended: one that is ending is no longer found, but may still hold the port.
         """
         killed: set[int] = set()
-        while (pids := self.pids()) or any(_runs(pid) for pid in killed):
+        while (pids := self.pids()) or any(processes._alive(pid) for pid in killed):
             for pid in pids:
                 processes.send(pid, signal.SIGKILL, str(self.data))
             killed.update(pids)
