@@ -73,16 +73,17 @@ class Ladder:
         Somebody may start PostgreSQL at any moment. What was begun before standby.signal was there is killed;
         what begins after the proof is a read-only standby.
         """
+        gone = self._tree.gone()
         while True:
-            gone = self._tree.gone()
             if gone and not self._listening():
                 return True
             if boot_ns() >= self._end:
                 return False
             if gone:
                 await trio.sleep(PORT_POLL_S)
+                gone = self._tree.gone()
             else:
-                await self._kill()
+                gone = await self._kill()
 
     def _listening(self) -> bool:
         try:
@@ -112,8 +113,8 @@ class Ladder:
         spent = bool(left) and self._tree.spent()
         return Outcome(False, f"{notes}{what}"[:900], tuple(self._rungs), took_ms, spent=spent)
 
-    def _rung(self, name: str, begun_ns: int, detail: str) -> None:
-        self._rungs.append(Rung(name, (boot_ns() - begun_ns) / 1e6, self._tree.gone(), detail))
+    def _rung(self, name: str, begun_ns: int, detail: str, *, gone: bool) -> None:
+        self._rungs.append(Rung(name, (boot_ns() - begun_ns) / 1e6, gone, detail))
 
     async def _mark(self) -> str:
         """A full, broken or hung disk must not keep us from stopping PostgreSQL: what went wrong, or ""."""
@@ -136,21 +137,24 @@ class Ladder:
                 self._tree.watch()
                 watched_ns = boot_ns()
         self._tree.watched()
-        self._rung("fast", begun, "SIGINT to the postmaster" if sent else "no postmaster to tell")
+        said = "SIGINT to the postmaster" if sent else "no postmaster to tell"
+        self._rung("fast", begun, said, gone=self._tree.gone())
 
     def _freeze(self) -> None:
         begun = boot_ns()
         self._tree.halt()
-        self._rung("freeze", begun, self._tree.halted_how)
+        self._rung("freeze", begun, self._tree.halted_how, gone=self._tree.gone())
 
-    async def _kill(self) -> None:
-        """Everything, again and again: until a look at the whole machine finds nobody."""
+    async def _kill(self) -> bool:
+        """Everything, again and again: until a look at the whole machine finds nobody (True), or the end."""
         begun, seen = boot_ns(), len(self._tree.everybody())
         while True:
             self._tree.kill()
             again = min(self._end, boot_ns() + round(AGAIN_S * NS))
             while boot_ns() < again and not self._tree.quiet():
                 await trio.sleep(POLL_S)
-            if self._tree.gone() or boot_ns() >= self._end:
+            gone = self._tree.gone()
+            if gone or boot_ns() >= self._end:
                 break
-        self._rung("kill", begun, f"{seen} processes")
+        self._rung("kill", begun, f"{seen} processes", gone=gone)
+        return gone
