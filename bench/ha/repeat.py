@@ -80,6 +80,8 @@ def _play(
     what.heal(act)
     rejoined = stage.comes(lambda: stage.rejoined(act.victim, healed_ns), limits.rejoin_s)
     rejoin_s = (stage.now_ns() - healed_ns) / NS if rejoined else None
+    if not rejoined:
+        stage.keep_logs()
     wrote = stage.comes(lambda: stage.client_wrote_since(healed_ns), RECOVER_TIMEOUT_S)
     final = _final(stage)
     time.sleep(QUIET_S)

@@ -248,6 +248,8 @@ class Rejoin:
             )
         if not more and wal.broken(self.aside):
             raise PostgresError(f"{primary} does not have the WAL any more that a rewound one begins with")
+        if mistaken := wal.mistaken(self.aside, await self._base.control(wal.REACHED, self.aside)):
+            raise PostgresError(f"{primary} {mistaken}")
         await self._furnish(self.aside, primary, testimony, unproven=False)
         await self._put_in_place(self.aside)
 

@@ -198,16 +198,14 @@ class Shell:
                     self.post(found)
             await trio.sleep(SURVEY_PAUSE_S)
 
-    async def _checkpoint(self) -> None:
+    async def _checkpoint(self, ahead_of: str) -> None:
         started = boot_ns()
         why = await self._probe.checkpoint(CHECKPOINT_S)
         took_s = round((boot_ns() - started) / NS, 3)
         if why:
-            log.warning(
-                "no checkpoint ahead of the hand-over: its pause may be longer", why=why, took_s=took_s
-            )
+            log.warning(f"no checkpoint ahead of {ahead_of}, which may take longer", why=why, took_s=took_s)
         else:
-            log.info("checkpoint ahead of the hand-over", took_s=took_s)
+            log.info(f"checkpoint ahead of {ahead_of}", took_s=took_s)
         self.post(CheckpointDone(why))
 
     # ------------------------------------------------------------ the loop
@@ -252,8 +250,8 @@ class Shell:
                 nursery.start_soon(self._read, command)
             case Refresh():
                 nursery.start_soon(self._refresh, command)
-            case Checkpoint():
-                nursery.start_soon(self._checkpoint)
+            case Checkpoint(ahead_of=ahead_of):
+                nursery.start_soon(self._checkpoint, ahead_of)
             case Nudge():
                 nursery.start_soon(self._nudge)
             case Fatal(why=why):

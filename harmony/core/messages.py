@@ -184,6 +184,7 @@ class Walsender:
 class DbSeen:
     """The database's answer. `asked_ns` is before the question: the LSNs are at least as new.
 
+    `checkpointed`: the timeline of the newest checkpoint in its control file; 0: not known.
     Of a primary also: `names`, the synchronous_standby_names that the answering session has loaded; `walsenders`;
     and whether some commit was seen `waiting` for a synchronous standby.
     """
@@ -198,6 +199,7 @@ class DbSeen:
     names: str = ""
     walsenders: tuple[Walsender, ...] = ()
     waiting: bool = False
+    checkpointed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,10 +367,13 @@ class Nudge:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Have the database write a checkpoint, so that the clean shutdown has little left to write.
+    """Have the database write a checkpoint: ahead of a hand-over, so that the clean shutdown has little left to write;
+    ahead of another node's rewind, which only then sees on what timeline this one is (rejoin.waits).
 
     Always answered with CheckpointDone, if need be after a bound of the shell's.
     """
+
+    ahead_of: Literal["the hand-over", "a rewind"] = "the hand-over"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from harmony.core import register, ruling, sickness, slots
+from harmony.core import register, rejoin, ruling, sickness, slots
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
     Checkpoint,
@@ -38,6 +38,7 @@ from harmony.core.view import (
     SentOrder,
     Sickness,
     View,
+    alive,
     database,
     distrust,
     highest,
@@ -49,6 +50,7 @@ from harmony.core.view import (
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Member
 
 HANDOVER_PAUSES = 10  # times failover_timeout, before a hand-over that nobody asked for is tried again
+HURRY_PAUSE_NS = 60 * NS  # before a checkpoint that others wait for is asked for again
 KEEP_NS = 10 * NS  # how old the marks on disk may grow; a new term is kept at once
 MAX_LOSSES = 8
 RESTART_FAILED = 406  # rows
@@ -82,12 +84,28 @@ def step(
     v, commands = _apply(v, decide(o), o, me, t, now_ns)
     v = _renew(v, me, commands)
     v = ruling.drive(v, me, t, now_ns, commands)
+    v = _hurry(v, t, now_ns, commands)
     v = _lead(v, me, t, now_ns, commands)
     v = _own(v, me, t, now_ns, commands)
     v = _keep(v, now_ns, commands)
     if v.farewell == "over" and not _handing_over(v, o, me):
         commands.append(Stop(v.why))
     return v, commands
+
+
+def _hurry(v: View, t: Timing, now_ns: int, commands: list[Command]) -> View:
+    """The first checkpoint on the timeline that we began, for who waits for it (rejoin.waits): left to itself,
+    PostgreSQL takes up to checkpoint_timeout for it. Nobody else needs it soon, and it costs the disk."""
+    db = v.db
+    if v.state not in WRITABLE_STATES or db is None or db.db != "primary" or v.checkpoint:
+        return v
+    asked = v.hurried == db.timeline and now_ns - v.hurried_ns < HURRY_PAUSE_NS
+    if asked or not 0 < db.checkpointed < db.timeline:
+        return v
+    if not any(m.unable and alive(v, name, t, now_ns) for name, m in v.members.items()):
+        return v
+    commands.append(Checkpoint("a rewind"))
+    return replace(v, hurried=db.timeline, hurried_ns=now_ns)
 
 
 def _handing_over(v: View, o: Observation, me: Identity) -> bool:
@@ -411,6 +429,8 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         retiring=v.retiring,
         progress=f.progress if f is not None else "",
         cannot_rewind=f.cannot_rewind if f is not None else "",
+        unable=rejoin.unable(v, me, now_ns) != "",
+        checkpointed=db.checkpointed if db is not None else 0,
         barred=barred(v, me, t, now_ns) != "",
         sick=sickness.verdict(v, me, now_ns),
         note=v.note,

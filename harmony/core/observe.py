@@ -383,6 +383,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         and (v.checkpoint == "done" or v.retiring)
         and now_ns - v.named_ns > t.failover_ns,
         unable=rejoin.unable(v, me, now_ns),
+        rejoin_waits=rejoin.waits(v),
         rejoin_due=rejoin.due(v, me, t, now_ns),
         rejoining=rejoining(v),
         astray=rejoin.astray(v, me, is_stale=is_stale),

@@ -56,6 +56,19 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
     return ""
 
 
+def waits(v: View) -> str:
+    """What the primary has still to do before anything is rewound to it; "": nothing, or it is not known.
+
+    pg_rewind (before PostgreSQL 16) takes the source's timeline from the newest checkpoint in its control file. Shortly
+    after a promotion that is the one that was left: it finds the wrong fork or none, and what it makes does not start.
+    """
+    c, f = v.cluster, v.fencer
+    source = v.members.get(c.primary or "") if c is not None else None
+    if c is None or f is None or f.empty or source is None or not 0 < source.checkpointed < c.timeline:
+        return ""
+    return f"waiting for {source.node}'s first checkpoint on timeline {c.timeline}"
+
+
 def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
     """Whether a rejoin, which destroys what only this node has, may be ordered now; a row sees to staleness.
 
@@ -78,6 +91,7 @@ def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
         and source is not None
         and alive(v, source.node, t, now_ns)
         and source.db == "primary"
+        and not waits(v)
     )
     pause_ns = min(REJOIN_PAUSE_NS * 2 ** min(v.rejoins, 20), MOST_PAUSE_NS) if v.rejoins else 0
     return sure and now_ns - v.rejoin_ns >= pause_ns

@@ -80,6 +80,7 @@ class Observation:
     successor_why: str = ""  # what it lacks
     named_long: bool = False  # it has had its time
     unable: str = ""  # why PostgreSQL cannot follow the primary as its data directory is
+    rejoin_waits: str = ""  # what the primary has still to do before anything is rewound to it
     rejoin_due: bool = False  # a rejoin may be ordered: the primary is seen writing, and the pause is over
     rejoining: bool = False  # one is at work
     astray: bool = False  # and it is from a primary that leads no more
@@ -189,7 +190,8 @@ def _unable_why(o: Observation) -> str:
     if o.rejoining:
         return "a rejoin is under way"
     last = f"; the last rejoin: {o.rejoin_why}" if o.rejoin_why and o.rejoin_why not in o.unable else ""
-    return (o.unable or "a rejoin is ordered") + last
+    waits = f"; {o.rejoin_waits}" if o.rejoin_waits else ""
+    return (o.unable or "a rejoin is ordered") + waits + last
 
 
 def _may_resume(o: Observation) -> bool:

@@ -20,7 +20,7 @@ from harmony.core.messages import (
     Write,
     WriteDone,
 )
-from harmony.core.node import initial, step
+from harmony.core.node import HURRY_PAUSE_NS, initial, step
 from harmony.core.observe import confirms
 from harmony.core.states import State
 from harmony.core.table import decide
@@ -69,6 +69,7 @@ class Leading:
         self.writable = True
         self.deaf = False  # nothing is answered
         self.checkpoints, self.checkpointed = 0, True
+        self.newest_checkpoint = 4  # its timeline; PostgreSQL is on 4
         self.own: Member | None = None
         self.do(0.1, seen(self.record, 50), MemberSeen(node, None, 0, 0))
 
@@ -84,7 +85,8 @@ class Leading:
             queue += [MemberSeen(n, m, self.revision, EPOCH + self.now) for n, m in self.members.items()]
             db = standby(self.now)
             if self.writable:
-                queue += [self.fencer, type(db)("primary", 4, 1000, 1000, False, "sys", self.now)]
+                db = replace(db, db="primary", streaming=False, checkpointed=self.newest_checkpoint)
+                queue += [self.fencer, db]
             else:
                 queue.append(self.fencer)
             queue += self.at_each_tick()
@@ -165,6 +167,26 @@ def test_a_checkpoint_comes_before_the_demotion() -> None:
     assert (c.checkpoints, c.orders, c.record.successor) == (1, [], "n3")
     c.do(0.2, CheckpointDone("permission denied"))
     assert [o.op for o in c.orders] == ["fence"]
+
+
+def test_the_first_checkpoint_on_a_timeline_is_hurried_for_who_waits_for_it() -> None:
+    """Nothing is rewound to a leader without one, and PostgreSQL takes up to checkpoint_timeout for it."""
+    c = Leading()
+    c.newest_checkpoint = 3
+    c.do(2)
+    assert c.own is not None
+    assert (c.own.timeline, c.own.checkpointed) == (4, 3)
+    assert c.checkpoints == 0, "nobody waits for it, and it costs the disk"
+    c.say("n3", unable=True, streaming=False)
+    c.do(HURRY_PAUSE_NS / NS - 1)
+    assert c.checkpoints == 1
+    c.do(2)
+    assert c.checkpoints == 2, "it came to nothing"
+    c.newest_checkpoint = 4
+    c.do(2 * HURRY_PAUSE_NS / NS)
+    assert c.checkpoints == 2
+    assert c.own.checkpointed == 4
+    assert not c.orders
 
 
 def test_a_successor_has_its_time_after_the_checkpoint() -> None:

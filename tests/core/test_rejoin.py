@@ -156,6 +156,44 @@ def test_what_may_still_stream_is_waited_for(begins: int, timeline: int) -> None
     assert c.ops == []
 
 
+@pytest.mark.parametrize("certain", [True, False])
+def test_nothing_is_rewound_to_who_has_no_checkpoint_on_its_timeline(certain: bool) -> None:
+    """Seen in the bench: pg_rewind takes it for one of the timeline that it left, and PostgreSQL does not start."""
+    c = Following()
+    c.diverges()
+    if certain:
+        c.record = msgspec.structs.replace(c.record, begins=c.lsn - 1)
+    c.primary = msgspec.structs.replace(c.primary, timeline=5, checkpointed=4)
+    c.do(3 * AFTER_S)
+    assert c.ops == []
+    assert "waiting for n1's first checkpoint on timeline 5" in c.view.why
+    assert c.own is not None
+    assert c.own.unable, "the primary has to know"
+    c.primary = msgspec.structs.replace(c.primary, checkpointed=5)
+    c.do(1)
+    assert c.ops == ["rejoin"]
+
+
+def test_who_does_not_tell_its_checkpoints_is_not_waited_for() -> None:
+    """An older Harmony's member, or a PostgreSQL that does not say."""
+    c = Following()
+    c.diverges()
+    c.primary = msgspec.structs.replace(c.primary, timeline=5, checkpointed=0)
+    c.do(AFTER_S + 1)
+    assert c.ops == ["rejoin"]
+
+
+def test_a_copy_into_nothing_waits_for_no_checkpoint() -> None:
+    """pg_basebackup has one made."""
+    c = Following()
+    c.diverges()
+    c.primary = msgspec.structs.replace(c.primary, timeline=5, checkpointed=4)
+    c.set(empty="copy", following=None, postgres_up=False)
+    c.up = False
+    c.do(1)
+    assert c.ops == ["rejoin"]
+
+
 def test_a_receiver_that_tries_again_and_again_does_not_put_off_the_rejoin() -> None:
     """Seen in chaos: it streams for moments, several a second, and a probe meets two of them in a row now and then."""
     c = Following()

@@ -154,6 +154,28 @@ def test_a_diverged_old_primary_is_rewound_at_once() -> None:
         running.check(old.fault_ns, old.leader())
 
 
+def test_it_is_rewound_once_the_new_primary_has_a_checkpoint_on_its_timeline() -> None:
+    """pg_rewind takes an earlier source for one of the timeline that it left: it is waited for, told, and hurried."""
+    with under_load(Patient) as running:
+        primary = running.cluster.nodes[running.cluster.node_at(running.recorders.writer.acks[-1].port)]
+        where = f"host={primary.socket_dir} port={primary.port} user=postgres dbname=postgres"
+        with psycopg.connect(where, autocommit=True) as link:
+            # So many dirty pages that PostgreSQL by itself takes minutes for the checkpoint after the promotion.
+            link.execute("CREATE TABLE dirty AS SELECT g, repeat('x', 1000) FROM generate_series(1, 20000) g")
+        old = Old(running)
+        old.diverge()
+        running.cluster.start_supervisor(old.name)
+        running.until("it is back as a streaming standby", old.back, 60)
+        assert f"waiting for {old.leader()}'s first checkpoint on timeline" in old.log()
+        assert (
+            "checkpoint ahead of a rewind"
+            in (running.cluster.nodes[old.leader()].folder / "node.log").read_text()
+        )
+        running.until("it was rewound", lambda: "rewound to" in old.log())
+        assert old.kept() == []
+        running.check(old.fault_ns, old.leader())
+
+
 def test_without_the_wal_for_a_rewind_it_is_copied_and_the_old_one_kept(running: Running) -> None:
     """After a rewind that cannot be."""
     old = Old(running)

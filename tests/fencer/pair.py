@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -50,6 +52,14 @@ class Primary:
         if processes.of_data_dir(str(self.data)):
             self._pg_ctl("stop", "-w", "-m", "immediate")
 
+    def checkpointer(self, number: signal.Signals) -> None:
+        """Stopped, it keeps nobody from promoting or writing."""
+        for pid in processes.of_data_dir(str(self.data)):
+            if b"checkpointer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, number)
+                return
+        raise AssertionError("there is no checkpointer")
+
     def run(self, sql: str) -> list[tuple[object, ...]]:
         with psycopg.connect(
             host="127.0.0.1", port=self.port, user="postgres", dbname="postgres", autocommit=True
@@ -78,10 +88,10 @@ class Pair:
         top = self.node.data.parent
         return {re.sub(r"\d{8}T.*", "", p.name[5:]): p for p in top.glob("data.*")}
 
-    def diverge(self, *, crash: bool = False, promote: bool = False) -> None:
+    def diverge(self, *, crash: bool = False, promote: bool = False, checkpoint: bool = True) -> None:
         """n2 is a copy of n1 that leads on a new timeline; n1 then writes what nobody else has.
 
-        `promote`: on a new timeline of the same number.
+        `promote`: on a new timeline of the same number. `checkpoint`: n2 has one on its timeline.
         """
         node = self.node
         node.start()
@@ -95,9 +105,12 @@ class Pair:
         if self.node.template.user is not None:
             shutil.chown(self.primary.data / "standby.signal", self.node.template.user)
         self.primary.start()
+        if not checkpoint:
+            self.primary.checkpointer(signal.SIGSTOP)
         self.primary._pg_ctl("promote", "-w")
         self.primary.run("INSERT INTO rows SELECT 'new primary' FROM generate_series(1, 1000)")
-        self.primary.run("CHECKPOINT")
+        if checkpoint:
+            self.primary.run("CHECKPOINT")
         if promote:
             node.make_writable(2, 1)
         else:  # as one that was cut off and never stopped

@@ -53,6 +53,29 @@ def test_two_timelines_of_one_number_are_not_mistaken_for_one(pair: Pair) -> Non
     pair.healthy()
 
 
+def test_a_source_without_a_checkpoint_on_its_timeline_is_noticed(pair: Pair) -> None:
+    """O5: pg_rewind (before 16) takes it for one of the timeline that it left, and PostgreSQL does not start then."""
+    pair.diverge(promote=True, checkpoint=False)
+    reply = pair.send()
+    assert isinstance(reply, protocol.Accepted), reply
+
+    def judged() -> bool:
+        order = pair.node.status().order
+        return "a copy is made instead" in pair.node.log() or (order is not None and order.state != "running")
+
+    try:
+        pair.node.wait(judged, "it is rewound, or is not to be")
+    finally:
+        pair.primary.checkpointer(signal.SIGCONT)  # or the copy would wait for it
+    record = pair.node.outcome()
+    assert record.state == "done", (record, pair.logs())
+    if int(pair.node.template.postgres.version.split(".")[0]) < 16:
+        assert (
+            "n2 has no checkpoint on its timeline 3 yet, and was taken for one of timeline 2" in record.detail
+        )
+    pair.healthy()
+
+
 def test_a_running_diverged_standby_is_looked_at_before_it_is_stopped(pair: Pair) -> None:
     """An unreachable source costs no reader anything, and is named."""
     pair.diverge()

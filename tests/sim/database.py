@@ -7,7 +7,8 @@ A position on a branch stands for all before it.
 An acknowledged commit (synchronous) is one that PostgreSQL's processes call so, by the rules that each of them has
 loaded (waiting.py), while the primary still runs. It decides nothing and fences nothing: who starts, stops and
 promotes it is the fencer's model.
-Who has WAL that its primary does not have cannot stream until it is rejoined (rejoin.py).
+Who has WAL that its primary does not have cannot stream until it is rejoined (rejoin.py), by a rewind only once that
+has a checkpoint on its timeline. A standby makes no restartpoints.
 What a real PostgreSQL could also do and this one does not: lose what it has flushed, or stream from a standby.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Host
 
 Mode = Literal["down", "standby", "primary"]
+CHECKPOINT_TIMEOUTS = 20  # times failover_timeout, at most, until the first checkpoint after a promotion
 CHECKPOINT = 120  # bytes of a shutdown checkpoint's record
 
 
@@ -65,6 +67,7 @@ class Postgres:
         self.spent = False  # frozen and killed, and not gone: none of them runs another instruction
         self.waiting = Waiting(NOBODY)
         self.connection = 0  # number of the newest to a primary
+        self.checkpointed = root.timeline  # of its newest checkpoint, by its control file
         self.term = 0  # of the generation that made it writable
         self.unfinished = (
             False  # a rewind is under way here, or was: it has neither its own data nor another's
@@ -154,7 +157,14 @@ class Postgres:
         world.checks.begun(self.branch)
         world.checks.look(self.host)
         world.say(f"{self.host.name} WRITABLE in term {term}, timeline {self.branch.timeline}")
+        unhurried_ns = int(CHECKPOINT_TIMEOUTS * world.setting.timing.failover_ns * self.host.rng.random())
+        self.host.later(unhurried_ns, self.checkpoint, self.run)
         self.write()
+
+    def checkpoint(self, run: int) -> None:
+        """One has ended, of those processes."""
+        if run == self.run and self.mode == "primary" and not (self.frozen or self.stuck):
+            self.checkpointed = self.branch.timeline
 
     def freeze(self) -> None:
         """No process of it runs any more."""

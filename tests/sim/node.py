@@ -393,6 +393,7 @@ class Host:
             return DbSilent("no answer")
         timeline, system = pg.branch.timeline, self.system_identifier
         seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
+        seen = replace(seen, checkpointed=pg.checkpointed)
         return self._of_a_primary(seen) if pg.mode == "primary" and self.me.sync_count else seen
 
     def _examine(self, now_ns: int) -> HealthSeen:
@@ -459,6 +460,7 @@ class Host:
                 world.store.refresh(self, command)
             case Checkpoint():
                 took_ns = int(world.setting.unit_ns * 4 * self.rng.random() * self.slow)
+                self.later(took_ns, self.pg.checkpoint, self.pg.run)
                 self.later(took_ns, self.post, self.life, CheckpointDone())
             case Remember(marks=marks):
                 self.later(int(DISK_NS * self.rng.random()), self._keep, marks)
