@@ -104,7 +104,9 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     unable: bool = False  # its PostgreSQL cannot follow as its data directory is: a rejoin is wanted
-    checkpointed: Count = 0  # timeline of the newest checkpoint in its control file; 0: not known
+    early: bool = (
+        False  # no checkpoint on its timeline yet: pg_rewind would take it for one of the timeline before
+    )
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
     sick: str = ""  # why its PostgreSQL should not lead, though it lives
     note: str = ""  # what people should know of its PostgreSQL's health, and nothing is done about

@@ -22,6 +22,7 @@ from tests.hosts.lab import Lab, Light
 from tests.hosts.processes import TOP, Process
 
 HOME = TOP / "build" / "bench"
+RUN = Path("/dev/shm/harmony")  # noqa: S108 (the lab's own tmpfs, as /run is a host's)
 AGENT_USER = "nobody"
 GUARDS = {"fencer": "harmony_fencer", "supervisor": "harmony-supervisor"}
 # systemd/harmony.service: ExecStart, ExecStopPost, Restart=always, RestartPreventExitStatus=78.
@@ -29,8 +30,8 @@ UNIT = """
 while :; do
     "$0/harmony-supervisor" --config "$1/harmony.toml"
     test $? = 78 && exit 78
-    flock -n -E 99 "$1/run/fencer.lock" true
-    test $? = 99 || "$0/harmony-fencer" --config "$1/run/fencer.json" --if-unguarded "Harmony has ended"
+    flock -n -E 99 "$2/fencer.lock" true
+    test $? = 99 || "$0/harmony-fencer" --config "$2/fencer.json" --if-unguarded "Harmony has ended"
 done
 """
 
@@ -121,7 +122,7 @@ class Harmony:
             "node": {
                 "name": host.name,
                 "state_dir": str(host.folder / "state"),
-                "run_dir": str(host.folder / "run"),
+                "run_dir": str(RUN / host.name),
             },
             "members": {name: {"host": hosts[name].address, "port": PORT} for name in DATABASES},
             "store": {
@@ -146,14 +147,11 @@ class Harmony:
         return made
 
     def start_host(self, name: str) -> None:
-        host = self._lab.hosts[name]
-        shutil.rmtree(
-            host.folder / "run", ignore_errors=True
-        )  # /run is a tmpfs: it does not outlive a power cut
-        for folder, mode in (("run", 0o755), ("state", 0o711)):
-            (host.folder / folder).mkdir(exist_ok=True)
-            (host.folder / folder).chmod(mode)
-        host.start(["sh", "-c", UNIT, str(self._bin), str(host.folder)], host.folder / "harmony.log")
+        host, run = self._lab.hosts[name], str(RUN / name)
+        host.run(["sh", "-c", 'rm -rf "$0" && mkdir -p "$0"', run])  # it does not outlive a power cut
+        (host.folder / "state").mkdir(exist_ok=True)
+        (host.folder / "state").chmod(0o711)
+        host.start(["sh", "-c", UNIT, str(self._bin), str(host.folder), run], host.folder / "harmony.log")
 
     def start_store(self, name: str) -> None:
         host = self._lab.hosts[name]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import psycopg
 
 from bench.ha.peer import Options
 from bench.ha.records import NS, Figures, figures
@@ -51,7 +52,7 @@ def carry_out(scenario: str, options: Options, limits: Limits, say: Callable[[st
     try:
         with Stage(wanted, disks=what.disks, say=say) as stage:
             return _play(stage, scenario, what, limits, load)
-    except (HostError, OSError) as error:
+    except (HostError, OSError, psycopg.Error) as error:
         return Repeat(
             scenario=scenario,
             options=wanted,

@@ -24,7 +24,12 @@ SELECT pg_is_in_recovery(),
        (SELECT max(('x' || left(name, 8))::bit(32)::int) FROM pg_ls_waldir()
          WHERE name ~ '^[0-9A-F]{24}$'),
        EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'),
-       (SELECT system_identifier::text FROM pg_control_system()), (SELECT timeline_id FROM pg_control_checkpoint()),
+       (SELECT system_identifier::text FROM pg_control_system()),
+       CASE WHEN pg_is_in_recovery() THEN false
+            ELSE (SELECT GREATEST(timeline_id, CASE WHEN current_setting('server_version_num')::int >= 160000
+                                               THEN min_recovery_end_timeline END)
+                    FROM pg_control_checkpoint(), pg_control_recovery())
+                 < ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int END,
        wal_waiters, sync_waiters, sessions,
        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int,
        pg_postmaster_start_time()::text, checkpointer, file_waiters,
@@ -106,7 +111,7 @@ class Probe:
         row = self._connection.execute(_QUESTION).fetchone()
         if row is None:
             return DbSilent("PostgreSQL gave no row")
-        recovering, received, replayed, timeline, streaming, system_identifier, checkpointed, *rest = row
+        recovering, received, replayed, timeline, streaming, system_identifier, early, *rest = row
         wal, sync, sessions, limit, postmaster, checkpointer, waiters, names, senders = rest
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
@@ -131,7 +136,7 @@ class Probe:
             names=str(names),
             walsenders=_walsenders(senders),
             waiting=self.vitals.sync_waiters > 0,
-            checkpointed=_number(checkpointed),
+            early=bool(early),
         )
 
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:

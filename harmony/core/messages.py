@@ -184,9 +184,9 @@ class Walsender:
 class DbSeen:
     """The database's answer. `asked_ns` is before the question: the LSNs are at least as new.
 
-    `checkpointed`: the timeline of the newest checkpoint in its control file; 0: not known.
     Of a primary also: `names`, the synchronous_standby_names that the answering session has loaded; `walsenders`;
-    and whether some commit was seen `waiting` for a synchronous standby.
+    whether some commit was seen `waiting` for a synchronous standby; and whether it is too `early` for a rewind to it:
+    its control file still names the timeline that it left.
     """
 
     db: Literal["standby", "primary"]
@@ -199,7 +199,7 @@ class DbSeen:
     names: str = ""
     walsenders: tuple[Walsender, ...] = ()
     waiting: bool = False
-    checkpointed: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,7 @@ def _hurry(v: View, t: Timing, now_ns: int, commands: list[Command]) -> View:
     db = v.db
     if v.state not in WRITABLE_STATES or db is None or db.db != "primary" or v.checkpoint:
         return v
-    asked = v.hurried == db.timeline and now_ns - v.hurried_ns < HURRY_PAUSE_NS
-    if asked or not 0 < db.checkpointed < db.timeline:
+    if not db.early or (v.hurried == db.timeline and now_ns - v.hurried_ns < HURRY_PAUSE_NS):
         return v
     if not any(m.unable and alive(v, name, t, now_ns) for name, m in v.members.items()):
         return v
@@ -430,7 +429,7 @@ def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) 
         progress=f.progress if f is not None else "",
         cannot_rewind=f.cannot_rewind if f is not None else "",
         unable=rejoin.unable(v, me, now_ns) != "",
-        checkpointed=db.checkpointed if db is not None else 0,
+        early=db is not None and db.early,
         barred=barred(v, me, t, now_ns) != "",
         sick=sickness.verdict(v, me, now_ns),
         note=v.note,

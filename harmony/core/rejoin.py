@@ -57,16 +57,16 @@ def unable(v: View, me: Identity, now_ns: int) -> str:
 
 
 def waits(v: View) -> str:
-    """What the primary has still to do before anything is rewound to it; "": nothing, or it is not known.
+    """What the primary has still to do before anything is rewound to it; "": nothing that it has told.
 
     pg_rewind (before PostgreSQL 16) takes the source's timeline from the newest checkpoint in its control file. Shortly
     after a promotion that is the one that was left: it finds the wrong fork or none, and what it makes does not start.
     """
     c, f = v.cluster, v.fencer
     source = v.members.get(c.primary or "") if c is not None else None
-    if c is None or f is None or f.empty or source is None or not 0 < source.checkpointed < c.timeline:
+    if f is None or f.empty or source is None or not source.early:
         return ""
-    return f"waiting for {source.node}'s first checkpoint on timeline {c.timeline}"
+    return f"waiting for {source.node}'s first checkpoint on its timeline"
 
 
 def due(v: View, me: Identity, t: Timing, now_ns: int) -> bool:

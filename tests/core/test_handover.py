@@ -69,7 +69,7 @@ class Leading:
         self.writable = True
         self.deaf = False  # nothing is answered
         self.checkpoints, self.checkpointed = 0, True
-        self.newest_checkpoint = 4  # its timeline; PostgreSQL is on 4
+        self.early = False  # no checkpoint on its timeline yet
         self.own: Member | None = None
         self.do(0.1, seen(self.record, 50), MemberSeen(node, None, 0, 0))
 
@@ -85,7 +85,7 @@ class Leading:
             queue += [MemberSeen(n, m, self.revision, EPOCH + self.now) for n, m in self.members.items()]
             db = standby(self.now)
             if self.writable:
-                db = replace(db, db="primary", streaming=False, checkpointed=self.newest_checkpoint)
+                db = replace(db, db="primary", streaming=False, early=self.early)
                 queue += [self.fencer, db]
             else:
                 queue.append(self.fencer)
@@ -172,20 +172,20 @@ def test_a_checkpoint_comes_before_the_demotion() -> None:
 def test_the_first_checkpoint_on_a_timeline_is_hurried_for_who_waits_for_it() -> None:
     """Nothing is rewound to a leader without one, and PostgreSQL takes up to checkpoint_timeout for it."""
     c = Leading()
-    c.newest_checkpoint = 3
+    c.early = True
     c.do(2)
     assert c.own is not None
-    assert (c.own.timeline, c.own.checkpointed) == (4, 3)
+    assert c.own.early
     assert c.checkpoints == 0, "nobody waits for it, and it costs the disk"
     c.say("n3", unable=True, streaming=False)
     c.do(HURRY_PAUSE_NS / NS - 1)
     assert c.checkpoints == 1
     c.do(2)
     assert c.checkpoints == 2, "it came to nothing"
-    c.newest_checkpoint = 4
+    c.early = False
     c.do(2 * HURRY_PAUSE_NS / NS)
     assert c.checkpoints == 2
-    assert c.own.checkpointed == 4
+    assert not c.own.early
     assert not c.orders
 
 

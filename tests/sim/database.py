@@ -102,6 +102,11 @@ class Postgres:
         self.host.world.checks.look(self.host)
 
     @property
+    def early(self) -> bool:
+        """A primary without a checkpoint on its timeline."""
+        return self.mode == "primary" and self.checkpointed < self.branch.timeline
+
+    @property
     def could_write(self) -> bool:
         return not self.signal or self.mode == "primary"
 

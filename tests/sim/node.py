@@ -393,7 +393,7 @@ class Host:
             return DbSilent("no answer")
         timeline, system = pg.branch.timeline, self.system_identifier
         seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
-        seen = replace(seen, checkpointed=pg.checkpointed)
+        seen = replace(seen, early=pg.early)
         return self._of_a_primary(seen) if pg.mode == "primary" and self.me.sync_count else seen
 
     def _examine(self, now_ns: int) -> HealthSeen:

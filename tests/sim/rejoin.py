@@ -103,7 +103,7 @@ class Rejoin:
             self._failed("the primary is another cluster's")
         elif self._host.pg_fails:
             self._failed("the disk is too small")
-        elif not self._clone and source.pg.checkpointed < source.pg.branch.timeline:
+        elif not self._clone and source.pg.early:
             self._host.world.say(f"{self._host.name} rewound to the wrong timeline: a copy is made instead")
             self._clone = True
             self._later(3.0, self._whole)

@@ -16,6 +16,7 @@ from tests.fencer.node import Node, Template
 from tests.fencer.test_process import test_activate_renew_and_the_end_of_the_lease
 from tests.fencer.test_rejoin import (
     test_a_diverged_standby_is_rewound,
+    test_a_source_without_a_checkpoint_on_its_timeline,
     test_without_the_wal_it_is_copied_and_the_old_one_kept,
 )
 from tests.fencer.test_timelines import (
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.real
 __all__ = [
     "test_a_cluster_from_nothing",
     "test_a_diverged_standby_is_rewound",
+    "test_a_source_without_a_checkpoint_on_its_timeline",
     "test_a_standby_streams_across_the_numbers_that_were_left_out",
     "test_activate_renew_and_the_end_of_the_lease",
     "test_the_timeline_is_the_reserved_one",
