@@ -105,7 +105,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     unable: bool = False  # its PostgreSQL cannot follow as its data directory is: a rejoin is wanted
     early: bool = (
-        False  # no checkpoint on its timeline yet: pg_rewind would take it for one of the timeline before
+        False  # a primary without a checkpoint on its timeline: pg_rewind would mistake it (rejoin.waits)
     )
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
     sick: str = ""  # why its PostgreSQL should not lead, though it lives

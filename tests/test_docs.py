@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from bench.ha import report
+from bench.ha.scenarios import SCENARIOS
 from bench.mutate import RULES
 from harmony.core.render import markdown
 from harmony.core.table import TABLE
@@ -43,13 +46,24 @@ def test_the_protocols_links_lead_somewhere() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 
-def test_the_failover_benchs_results_are_documented(rewrite: bool) -> None:
-    """docs/failover.md shows what is in docs/failover.json, as it was measured."""
+@pytest.mark.parametrize("name", ["failover", "failover-more"])
+def test_the_failover_benchs_results_are_documented(name: str, rewrite: bool) -> None:
+    """docs/failover.md shows what is in these files, as it was measured."""
     path = DOCS / "failover.md"
-    results = report.load(DOCS / "failover.json")
+    results = report.load(DOCS / f"{name}.json")
     if rewrite:
-        path.write_text(report.rendered(path.read_text(), results))
-    assert path.read_text() == report.rendered(path.read_text(), results)
+        path.write_text(report.rendered(path.read_text(), name, results))
+    assert path.read_text() == report.rendered(path.read_text(), name, results)
+
+
+def test_the_failover_table_is_of_one_run() -> None:
+    """Both peers beside each other in each scenario, five times and more, by one version of each."""
+    results = report.load(DOCS / "failover.json")
+    rows = report.grouped(results)
+    assert set(rows) == {(name, peer, "fast", "on") for name in SCENARIOS for peer in ("harmony", "patroni")}
+    assert min(len(repeats) for repeats in rows.values()) >= 5
+    for program in ("harmony", "patroni", "postgresql"):
+        assert len({r.versions[program] for r in results.repeats if program in r.versions}) == 1, program
 
 
 def test_each_broken_rule_has_its_line() -> None:

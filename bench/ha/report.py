@@ -12,7 +12,7 @@ from bench.ha.repeat import Repeat
 Row = tuple[str, str, str, str]  # scenario, peer, preset, sync
 
 
-BEGIN, END = "<!-- rendered: results -->", "<!-- end -->"
+BEGIN, END = "<!-- rendered: {} -->", "<!-- end -->"
 COLUMNS = (
     "scenario",
     "peer",
@@ -103,12 +103,13 @@ def circumstances(results: Results) -> str:
     return f"{m['date']}, {m['cores']} cores ({m['cpu']}), Linux {m['linux']}, Python {m['python']}; {named}{busy}.\n"
 
 
-def rendered(page: str, results: Results) -> str:
-    """The documentation's page with these results in their place."""
-    before, mark, rest = page.partition(BEGIN)
+def rendered(page: str, name: str, results: Results) -> str:
+    """The documentation's page with these results in the place that is called `name`."""
+    begin = BEGIN.format(name)
+    before, mark, rest = page.partition(begin)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"no {BEGIN} … {END} in the page")
+        raise ValueError(f"no {begin} … {END} in the page")
     return f"{before}{mark}\n\n{circumstances(results)}\n{markdown(results)}\n{end}{after}"
 
 
