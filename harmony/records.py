@@ -104,9 +104,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     progress: str = ""  # of a rejoin
     cannot_rewind: str = ""  # why a rejoin would have to copy, and what to do
     unable: bool = False  # its PostgreSQL cannot follow as its data directory is: a rejoin is wanted
-    early: bool = (
-        False  # a primary without a checkpoint on its timeline: pg_rewind would mistake it (rejoin.waits)
-    )
+    early: bool = False  # a primary, and too early for a rewind to it: no checkpoint on its timeline yet
     barred: bool = False  # it will not promote now, whatever its WAL: nobody need wait for it to go first
     sick: str = ""  # why its PostgreSQL should not lead, though it lives
     note: str = ""  # what people should know of its PostgreSQL's health, and nothing is done about

@@ -29,6 +29,12 @@ def running() -> Iterator[Running]:
         yield found
 
 
+def as_postgres(node: Node) -> psycopg.Connection[tuple[object, ...]]:
+    """The superuser, by the socket: also of one that listens nowhere else."""
+    where = f"host={node.socket_dir} port={node.port} user=postgres dbname=postgres"
+    return psycopg.connect(where, autocommit=True)
+
+
 class Old:
     """The primary, killed, and started by hand beside Harmony as one that nobody has fenced: it diverges."""
 
@@ -59,8 +65,7 @@ class Old:
             (data / name).unlink(missing_ok=True)
         hidden = f"-c listen_addresses='' -c unix_socket_directories={self.node.socket_dir}"
         self._pg_ctl("start", "-l", str(data / "by-hand.log"), "-o", hidden)
-        where = f"host={self.node.socket_dir} port={self.node.port} user=postgres dbname=postgres"
-        with psycopg.connect(where, autocommit=True) as link:
+        with as_postgres(self.node) as link:
             link.execute(
                 "INSERT INTO harmony_demo SELECT %s::bigint + n FROM generate_series(1, 5000) n", (LOST,)
             )
@@ -159,8 +164,7 @@ def test_it_is_rewound_once_the_new_primary_has_a_checkpoint_on_its_timeline() -
     hurried. Later ones do not, and nothing is waited for."""
     with under_load(Patient) as running:
         primary = running.cluster.nodes[running.cluster.node_at(running.recorders.writer.acks[-1].port)]
-        where = f"host={primary.socket_dir} port={primary.port} user=postgres dbname=postgres"
-        with psycopg.connect(where, autocommit=True) as link:
+        with as_postgres(primary) as link:
             # So many dirty pages that PostgreSQL by itself takes minutes for the checkpoint after the promotion.
             link.execute("CREATE TABLE dirty AS SELECT g, repeat('x', 1000) FROM generate_series(1, 20000) g")
         old = Old(running)

@@ -54,11 +54,8 @@ class Primary:
 
     def checkpointer(self, number: signal.Signals) -> None:
         """Stopped, it keeps nobody from promoting or writing."""
-        for pid in processes.of_data_dir(str(self.data)):
-            if b"checkpointer" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, number)
-                return
-        raise AssertionError("there is no checkpointer")
+        ((pid,),) = self.run("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+        os.kill(int(str(pid)), number)
 
     def run(self, sql: str) -> list[tuple[object, ...]]:
         with psycopg.connect(

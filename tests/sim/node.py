@@ -392,8 +392,7 @@ class Host:
         if pg.mode == "down" or self.probe_silent or pg.frozen or pg.closing or pg.suffers == "silent":
             return DbSilent("no answer")
         timeline, system = pg.branch.timeline, self.system_identifier
-        seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns)
-        seen = replace(seen, early=pg.early)
+        seen = DbSeen(pg.mode, timeline, pg.end, pg.end, pg.streaming, system, now_ns, early=pg.early)
         return self._of_a_primary(seen) if pg.mode == "primary" and self.me.sync_count else seen
 
     def _examine(self, now_ns: int) -> HealthSeen:
