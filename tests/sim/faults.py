@@ -6,7 +6,7 @@ Every fault ends by itself within the phase of faults. What a kind does stands i
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -76,6 +76,7 @@ def draw(seed: int, s: Setting) -> list[Fault]:
     found: list[Fault] = []
     if r.random() < 0.05:
         found.append(Fault(1, "latch", s.names[0], span_ns=round(t.failover_ns * r.random()) + 1))
+    found += _successions(seed, s)
     at = round(t.interval_ns * r.uniform(0, 6))
     while True:
         kind = r.choices(list(kinds), list(kinds.values()))[0]
@@ -116,6 +117,27 @@ def draw(seed: int, s: Setting) -> list[Fault]:
             at = max(0, at)
 
 
+def _successions(seed: int, s: Setting) -> list[Fault]:
+    """Aimed, in some runs: who leads is cut off, has to be rejoined once back, and who leads then is lost meanwhile."""
+    r = random.Random(f"successions {seed}")
+    if r.random() >= 0.1:
+        return []
+    most = s.timing.failover_ns
+    cuts = [(r.uniform(8, s.faults_ns / most), r.uniform(1.1, 2.5)) for _ in range(3)]
+    found = [Fault(round(at * most), "leader-cut", span_ns=round(span * most)) for at, span in cuts]
+    found.append(Fault(1, "orphans", span_ns=s.faults_ns - 3 * most))
+    return [f for f in found if f.at_ns + f.span_ns < s.faults_ns]
+
+
+def orphan(world: World, source: str) -> int:
+    """A rejoin from `source` is at work, which has but a while to lead; ns that the rejoin takes beyond its usual."""
+    if not world.orphans or world.network.links[source].requests:
+        return 0
+    span = 2 * world.setting.timing.failover_ns
+    begin(world, Fault(world.now, "requests-lost", source, span_ns=span))
+    return span
+
+
 def _amount(r: random.Random, kind: str, s: Setting) -> float:
     match kind:
         case "lossy" | "acks-lost" | "late-writes":
@@ -152,6 +174,11 @@ _SPANS = frozenset(
 
 def begin(world: World, f: Fault) -> None:
     """It happens; its end is put down for later."""
+    if f.kind == "leader-cut":
+        cluster = world.store.cluster
+        if cluster is None or cluster.primary is None:
+            return
+        f = replace(f, kind="cut", name=cluster.primary)
     world.say(f"FAULT {f}")
     end = _begin(world, f)
     if end and f.span_ns:
@@ -181,6 +208,9 @@ def _end(world: World, f: Fault) -> None:
     if f.kind in {"election", "store-down"}:
         world.store.down -= 1
         world.store.reconnect()
+        return
+    if f.kind == "orphans":
+        world.orphans -= 1
         return
     host = world.hosts[f.name]
     fencer, pg = host.fencer, host.pg
@@ -348,6 +378,10 @@ def _store(world: World, f: Fault) -> None:
     match f.kind:
         case "election" | "store-down":
             store.down += 1
+        case (
+            "orphans"
+        ):  # who is the source of a rejoin loses the store, and the rejoin takes longer than that
+            world.orphans += 1
         case "clock-jump":
             store.jump_ns += round(f.amount * NS)
         case "switchover":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from harmony_fencer import protocol
 from harmony_fencer.protocol import OrderRecord
+from tests.sim.faults import orphan
 
 if TYPE_CHECKING:
     from tests.sim.fencer import Fencer
@@ -93,7 +94,8 @@ class Rejoin:
         if not self._clone:
             self._pg.unfinished = True
         self._fencer.bell()
-        self._later(3.0, self._whole)
+        longer_ns = orphan(self._host.world, self._request.primary)
+        self._host.later(self._fencer.while_(3.0) + longer_ns, partial(self._go_on, self._whole))
 
     def _whole(self) -> None:
         source = self._host.world.hosts[self._request.primary]

@@ -70,6 +70,7 @@ class World:
         self.rows: dict[int, int] = {}
         self.wishes = 0
         self.rejoins = 0  # done
+        self.orphans = 0  # faults: the source of a rejoin leads no more before it ends
         self.rolled = False  # the store has lost history
         self.checks = Checks(self)
         names = self.setting.names
