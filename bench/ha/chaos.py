@@ -85,12 +85,26 @@ class Chaos:
         self.stage.wait_until(look, "a primary", self.bounds.writes_s)
         return found[0]
 
+    def attend(self) -> None:
+        """Failover does not stay stopped from earlier rounds (failover.maximum_changes). Raises HostError."""
+
+        def attended() -> bool:
+            try:
+                self.stage.peer.attend()
+            except HostError as error:
+                self.tell(f"the operator's command came to nothing: {error}"[:300])
+                return False
+            return True
+
+        self.stage.wait_until(attended, "what the operator acknowledges", self.bounds.writes_s)
+
     # ------------------------------------------------------------ a round
 
     def play(self, what: Round, load: Callable[[], float]) -> Played:
         """Raises HostError when the lab itself cannot go on."""
         primary = self.primary()
         self.tell(f"round {what.number} ({what.shape}), the primary is {primary}")
+        self.attend()
         began_ns = self.stage.now_ns()
         before = self._timeline()
         struck = self._strike_all(what, primary)

@@ -177,10 +177,17 @@ class Harmony:
     def restart_agent(self, name: str) -> None:
         """Nothing: its supervisor has."""
 
+    def control(self, name: str, *words: str) -> str:
+        """What harmonyctl says on that host. Raises HostError where it ends otherwise than with 0."""
+        host = self._lab.hosts[name]
+        argv = [str(self._bin / "harmonyctl"), *words, "--config", str(host.folder / "harmony.toml")]
+        return host.run(argv, timeout=120).stdout
+
     def switch_over(self, _old: str, new: str) -> None:
-        argv = [str(self._bin / "harmonyctl"), "switchover", "--to", new]
-        host = self._lab.hosts[new]
-        host.run([*argv, "--config", str(host.folder / "harmony.toml")], timeout=120)
+        self.control(new, "switchover", "--to", new)
+
+    def attend(self) -> None:
+        self.control(DATABASES[0], "acknowledge")
 
     def store_leader(self) -> str:
         def ask() -> str:

@@ -172,6 +172,9 @@ class Patroni:
         argv = [str(self._bin / "patronictl"), "-c", str(host.folder / "patroni.yml"), "switchover", "bench"]
         host.run([*argv, "--leader", old, "--candidate", new, "--force"], timeout=120)
 
+    def attend(self) -> None:
+        """Nothing: it stops at no number of failovers."""
+
     def store_leader(self) -> str:
         def ask() -> str:
             for name in self._stores:

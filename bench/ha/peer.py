@@ -87,6 +87,9 @@ class Peer(Protocol):
     def switch_over(self, old: str, new: str, /) -> None:
         """A planned change, by the peer's own command."""
 
+    def attend(self) -> None:
+        """An operator has looked into what happened so far: what was stopped because too much did, goes on."""
+
     def store_leader(self) -> str:
         """The store's host whose loss costs an election."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from itertools import islice
@@ -11,6 +12,7 @@ import pytest
 from bench.ha import checker, plan
 from bench.ha.chaos import Chaos, options
 from bench.ha.faults import FAULTS
+from bench.ha.harmony import Harmony
 from bench.ha.peer import DATABASES
 from bench.ha.scenarios import Act
 from bench.ha.stage import Stage
@@ -35,7 +37,22 @@ def test_a_short_campaign() -> None:
             print(played)
             assert played.violations == (), acting.keep(f"seed {SEED}, round {what.number}")
         assert sum(acting.counts.values()) >= ROUNDS + 1
+        _no_failover_is_stopped(acting)
         _what_is_broken_is_seen(acting)
+
+
+def _no_failover_is_stopped(acting: Chaos) -> None:
+    """Each round begins with an operator who has looked into the changes of leadership so far."""
+    peer = acting.stage.peer
+    assert isinstance(peer, Harmony)
+    assert _changes(peer) > 0
+    acting.attend()
+    acting.stage.wait_until(lambda: _changes(peer) == 0, "changes that nobody has looked into yet", 15)
+
+
+def _changes(peer: Harmony) -> int:
+    said: int = json.loads(peer.control(DATABASES[0], "status", "--json"))["myself"]["changes"]
+    return said
 
 
 def _what_is_broken_is_seen(acting: Chaos) -> None:
