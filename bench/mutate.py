@@ -362,6 +362,8 @@ RULES = [
      "t.success_threshold * 2 **", "t.success_threshold * 1 **", "tests/core"),
     ("anti-flap: who flaps leaves the place", f"{CORE}/observe.py", "flapping = losses(v, me, now_ns) > 1",
      "flapping = False", "tests/core"),
+    ("anti-flap: who led says why it waits", f"{CORE}/observe.py", '    elif who == "me":\n',
+     '    elif who == "nobody":\n', "tests/core"),
     ("anti-flap: too many changes stop", f"{CORE}/observe.py", "    if len(recent) < p.maximum_changes:\n",
      "    if True:\n", "tests/core"),
     ("order: an answer of the database before it counts not", f"{CORE}/fold.py",

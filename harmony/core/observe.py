@@ -113,6 +113,20 @@ def steady(v: View, me: Identity, t: Timing, now_ns: int) -> bool:
     return v.failures == 0 and v.successes >= needed(v, me, t, now_ns)
 
 
+def _beats(v: View, me: Identity, t: Timing, now_ns: int) -> str:
+    count = needed(v, me, t, now_ns)
+    return f"leading again takes {'a good heartbeat' if count == 1 else f'{count} good heartbeats in a row'}"
+
+
+def again(v: View, me: Identity, t: Timing, now_ns: int) -> str:
+    """Why we, who are recorded as the primary and have stopped leading, do not begin again yet."""
+    if not steady(v, me, t, now_ns):
+        return _beats(v, me, t, now_ns)
+    if database(v, t, now_ns) != "standby":
+        return "PostgreSQL is not running here as a standby"
+    return "the claim of a new term is under way, or is made in a moment"
+
+
 def stopped(v: View, me: Identity) -> str:
     """Why automatic failover is stopped: too many changes of leadership that nobody has looked into."""
     c, p = v.cluster, me.policy
@@ -322,6 +336,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
             barred=barred(v, me, t, now_ns),
             patient=quiet < 2 * (t.interval_ns + t.timeout_ns),
         )
+    elif who == "me":
+        verdict = candidate.Verdict(ok=False, why=again(v, me, t, now_ns))
     up = f is not None and f.postgres_up
     to, why_not = wanted(v, me, t, now_ns)
     successor_fit, confirmed, successor_why = _successor(v, me, t, now_ns)
@@ -431,6 +447,6 @@ def barred(v: View, me: Identity, t: Timing, now_ns: int) -> str:
     if v.sick.ill:
         return f"PostgreSQL is sick here: {sickness.verdict(v, me, now_ns)}"
     if v.losses and not steady(v, me, t, now_ns):
-        return "leadership was lost here more than once: waiting for more good heartbeats"
+        return f"leadership was lost here more than once: {_beats(v, me, t, now_ns)}"
     planned = c is not None and c.primary is None and c.successor is not None
     return "" if planned else stopped(v, me)

@@ -338,6 +338,28 @@ def test_a_flapping_primary_leaves_the_place_to_a_peer() -> None:
     assert not observe(v, ME, FAST, now + 601 * NS).flapping
 
 
+def test_who_led_and_may_not_yet_says_why() -> None:
+    """Recorded as the primary, and its own heartbeats have not been good for long enough: no line without a reason."""
+    me = identity("n1")
+    why = {State.WATCHING: "row 718", State.FENCED: "row 409"}
+    for state, row in why.items():
+        gone = state is State.FENCED
+        follows = fencer("n1", highest=(3, 2), following=None, fence_proven=gone, postgres_up=not gone)
+        losses = (T0 - 3 * NS, T0 - 2 * NS, T0 - NS)
+        v = msgspec.structs.replace(initial(me), state=state, losses=losses)
+        for event in (follows, seen(cluster(), 50), standby(T0)):
+            v = fold(v, event, me, FAST, T0)
+        decided = decide(observe(v, me, FAST, T0))
+        assert (f"row {decided.row}", decided.next, decided.do) == (row, state, ())
+        assert decided.why.endswith(
+            f"leading again takes {4 * FAST.success_threshold} good heartbeats in a row"
+        )
+        one = observe(v, me, msgspec.structs.replace(FAST, success_threshold=1), T0 + 601 * NS)
+        assert decide(one).why.endswith("leading again takes a good heartbeat")
+    v = msgspec.structs.replace(v, state=State.WATCHING, losses=(), successes=FAST.success_threshold)
+    assert observe(v, me, FAST, T0).eligible_why == "PostgreSQL is not running here as a standby"
+
+
 def test_each_way_of_failing_counts_as_a_loss() -> None:
     """W10: counted where a leader falls, not where it hands over."""
     me = identity("n1")

@@ -83,6 +83,7 @@ EXAMPLES: list[Example] = [
     (406, S.FENCED, {"order": "failed", "order_op": "activate"}, S.P_FAILED, ("fence",)),
     (407, S.FENCED, GONE | {"distrust": "x"}, S.FENCED, ()),
     (408, S.FENCED, GONE, S.FENCED, ("activate",)),
+    (409, S.FENCED, GONE | {"leads": "me", "recovered": False, "eligible_why": "2 more"}, S.FENCED, ()),
     (410, S.FENCED, {"db": "standby"}, S.P_FAILED, ("fence",)),
     (490, S.YIELDING, NAMED | {"order": "running", "order_op": "fence"}, S.YIELDING, ()),
     (492, S.YIELDING, GONE | NAMED, S.YIELDING, ("vacate",)),

@@ -32,6 +32,11 @@ class Checks:
         self.begins: dict[int, Branch] = {}
         self.highest: dict[str, Generation] = {}
 
+    def says_why(self, host: Host) -> None:
+        """Called at each decision: people read it in the log, and wait for what it says."""
+        if host.view.why.endswith((":", ";", ",")):
+            raise Violation(f"why: {host.name} row {host.view.row} gives no reason: {host.view.why}")
+
     # ------------------------------------------------------------ I1, I2, I4: who accepts commits
 
     def look(self, host: Host) -> None:

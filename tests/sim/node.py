@@ -355,6 +355,7 @@ class Host:
         before = self.view
         self.view, commands = step(before, events, self.me, t, now)
         self.world.rows[self.view.row] = self.world.rows.get(self.view.row, 0) + 1
+        self.world.checks.says_why(self)
         if (
             not self.world.rules.dated_from_send
             and before.cluster is not self.view.cluster in before.lead_records
