@@ -447,6 +447,6 @@ def barred(v: View, me: Identity, t: Timing, now_ns: int) -> str:
     if v.sick.ill:
         return f"PostgreSQL is sick here: {sickness.verdict(v, me, now_ns)}"
     if v.losses and not steady(v, me, t, now_ns):
-        return f"leadership was lost here more than once: {_beats(v, me, t, now_ns)}"
+        return f"leadership was lost here: {_beats(v, me, t, now_ns)}"
     planned = c is not None and c.primary is None and c.successor is not None
     return "" if planned else stopped(v, me)

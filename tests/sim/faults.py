@@ -378,9 +378,7 @@ def _store(world: World, f: Fault) -> None:
     match f.kind:
         case "election" | "store-down":
             store.down += 1
-        case (
-            "orphans"
-        ):  # who is the source of a rejoin loses the store, and the rejoin takes longer than that
+        case "orphans":  # a rejoin's source loses the store, and the rejoin takes longer than that
             world.orphans += 1
         case "clock-jump":
             store.jump_ns += round(f.amount * NS)
