@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from harmony.records import ClusterState, Member
 
+NO_STANDBY = "PostgreSQL is not running here as a standby"
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -66,7 +68,7 @@ def judge(
     if me.nofailover:
         return Verdict(ok=False, why="this node is tagged nofailover")
     if not me.db_standby:
-        return Verdict(ok=False, why="PostgreSQL is not running here as a standby")
+        return Verdict(ok=False, why=NO_STANDBY)
     if me.timeline < cluster.timeline:
         return Verdict(ok=False, why=f"on timeline {me.timeline}, the cluster is on {cluster.timeline}")
     if barred:

@@ -118,12 +118,12 @@ def _beats(v: View, me: Identity, t: Timing, now_ns: int) -> str:
     return f"leading again takes {'a good heartbeat' if count == 1 else f'{count} good heartbeats in a row'}"
 
 
-def again(v: View, me: Identity, t: Timing, now_ns: int) -> str:
+def again(v: View, me: Identity, t: Timing, now_ns: int, *, recovered: bool, db: str) -> str:
     """Why we, who are recorded as the primary and have stopped leading, do not begin again yet."""
-    if not steady(v, me, t, now_ns):
+    if not recovered:
         return _beats(v, me, t, now_ns)
-    if database(v, t, now_ns) != "standby":
-        return "PostgreSQL is not running here as a standby"
+    if db != "standby":
+        return candidate.NO_STANDBY
     return "the claim of a new term is under way, or is made in a moment"
 
 
@@ -322,6 +322,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
     fit = _fit(v, me, t, now_ns)
+    recovered = steady(v, me, t, now_ns)
     flapping = losses(v, me, now_ns) > 1
     verdict = candidate.Verdict(ok=False, why="")
     if v.cluster is not None and (who == "vacant" or (who == "other" and is_stale)):
@@ -337,7 +338,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
             patient=quiet < 2 * (t.interval_ns + t.timeout_ns),
         )
     elif who == "me":
-        verdict = candidate.Verdict(ok=False, why=again(v, me, t, now_ns))
+        verdict = candidate.Verdict(ok=False, why=again(v, me, t, now_ns, recovered=recovered, db=db))
     up = f is not None and f.postgres_up
     to, why_not = wanted(v, me, t, now_ns)
     successor_fit, confirmed, successor_why = _successor(v, me, t, now_ns)
@@ -347,7 +348,7 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         lost=v.lost,
         failures=v.failures,
         failing=v.failures >= t.failure_threshold,
-        recovered=steady(v, me, t, now_ns),
+        recovered=recovered,
         lease_left=now_ns < v.lease_until_ns,
         fencer_known=f is not None,
         granted=(

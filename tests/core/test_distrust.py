@@ -341,8 +341,7 @@ def test_a_flapping_primary_leaves_the_place_to_a_peer() -> None:
 def test_who_led_and_may_not_yet_says_why() -> None:
     """Recorded as the primary, and its own heartbeats have not been good for long enough: no line without a reason."""
     me = identity("n1")
-    why = {State.WATCHING: "row 718", State.FENCED: "row 409"}
-    for state, row in why.items():
+    for state, row in ((State.WATCHING, 718), (State.FENCED, 409)):
         gone = state is State.FENCED
         follows = fencer("n1", highest=(3, 2), following=None, fence_proven=gone, postgres_up=not gone)
         losses = (T0 - 3 * NS, T0 - 2 * NS, T0 - NS)
@@ -350,7 +349,7 @@ def test_who_led_and_may_not_yet_says_why() -> None:
         for event in (follows, seen(cluster(), 50), standby(T0)):
             v = fold(v, event, me, FAST, T0)
         decided = decide(observe(v, me, FAST, T0))
-        assert (f"row {decided.row}", decided.next, decided.do) == (row, state, ())
+        assert (decided.row, decided.next, decided.do) == (row, state, ())
         assert decided.why.endswith(
             f"leading again takes {4 * FAST.success_threshold} good heartbeats in a row"
         )

@@ -1,6 +1,7 @@
 """What is done to hosts, links, the store and by operators, and when: drawn ahead as a list, so that it can be shrunk.
 
-Every fault ends by itself within the phase of faults. What a kind does stands in `_begin` and `_end`, nowhere else.
+Every fault ends by itself within the phase of faults. What a kind does stands in `_begin` and `_end`; whom a cut of the
+leader hits is known when it begins, and when a source is orphaned the rejoin says.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Rejoin:
         else:
             self._later(0.2, self._check)
 
-    def _later(self, share: float, do: Callable[[], None]) -> None:
-        self._host.later(self._fencer.while_(share), partial(self._go_on, do))
+    def _later(self, share: float, do: Callable[[], None], longer_ns: int = 0) -> None:
+        self._host.later(self._fencer.while_(share) + longer_ns, partial(self._go_on, do))
 
     def _go_on(self, do: Callable[[], None]) -> None:
         if self._fencer.current(self._life, self._effect):
@@ -94,8 +94,7 @@ class Rejoin:
         if not self._clone:
             self._pg.unfinished = True
         self._fencer.bell()
-        longer_ns = orphan(self._host.world, self._request.primary)
-        self._host.later(self._fencer.while_(3.0) + longer_ns, partial(self._go_on, self._whole))
+        self._later(3.0, self._whole, orphan(self._host.world, self._request.primary))
 
     def _whole(self) -> None:
         source = self._host.world.hosts[self._request.primary]
