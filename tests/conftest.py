@@ -1,36 +1,47 @@
-"""What all tests share: shared memory of their own, and `--rewrite`: documents and expected texts written anew."""
+"""What all tests share: memory and a network of their own, and `--rewrite`: expected texts written anew."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 
 import pytest
 
+from tests import sampling
 from tests.hosts.keeper import mount
 
-NEW_MOUNTS, NEW_IPC = 0x00020000, 0x08000000  # CLONE_NEWNS, CLONE_NEWIPC in <linux/sched.h>
+# From <linux/sched.h>
+NEW_MOUNTS, NEW_IPC, NEW_NETWORK = 0x00020000, 0x08000000, 0x40000000
 
 
-def pytest_configure() -> None:
-    """As root: /dev/shm and System V's shared memory of their own, which go with this process.
+def pytest_configure(config: pytest.Config) -> None:
+    """As root: /dev/shm, System V's shared memory and loopback of this process's own, which go with it.
 
     A killed PostgreSQL leaves its segments; Linux has 4,096 of System V's in all, and a day of tests leaves thousands.
+    Lanes that run side by side (tests/__main__.py) can take each other's ports only where they share a loopback.
     """
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(NEW_MOUNTS | NEW_IPC) != 0:
-        print(f"no shared memory of their own for the tests: {os.strerror(ctypes.get_errno())}")
+    if libc.unshare(NEW_MOUNTS | NEW_IPC | NEW_NETWORK) != 0:
+        print(f"no memory and network of their own for the tests: {os.strerror(ctypes.get_errno())}")
         return
     mount("--make-rprivate", "/")
     mount("-t", "tmpfs", "-o", "mode=1777", "harmony-tests", "/dev/shm")  # noqa: S108
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite", action="store_true", help="write rendered documents and expected texts anew"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What this turn leaves to others is deselected, and counted as such."""
+    items[:], left = sampling.drop(items)
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture

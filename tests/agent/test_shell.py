@@ -74,9 +74,9 @@ class Running:
                 await trio.sleep(0.005)
 
     async def put(self, key: str, value: bytes) -> int:
-        found = await self.store.get(key, timeout_s=1)
+        found = await self.store.get(key, timeout_s=10)
         revision = found.revision if found is not None else 0
-        return await self.store.update(key, value, revision, timeout_s=1)
+        return await self.store.update(key, value, revision, timeout_s=10)
 
 
 @pytest.fixture

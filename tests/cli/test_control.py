@@ -27,7 +27,7 @@ def acknowledged(control: Control, cluster: ClusterState) -> Control:
 
 async def stored(server: MemoryServer) -> MemoryStore:
     store = MemoryStore(server, "c1")
-    await store.create(CLUSTER_STATE, encode(CLUSTER), timeout_s=1)
+    await store.create(CLUSTER_STATE, encode(CLUSTER), timeout_s=10)
     return store
 
 
@@ -35,10 +35,10 @@ async def test_made_where_it_is_missing_and_the_rest_is_kept() -> None:
     store = await stored(MemoryServer())
     made = await change(store, acknowledged)
     assert (made.acknowledged, made.switchover) == (3, None)
-    entry = await store.get(CONTROL, timeout_s=1)
+    entry = await store.get(CONTROL, timeout_s=10)
     assert entry is not None
     wished = msgspec.structs.replace(made, switchover=WISH, acknowledged=1)
-    await store.update(CONTROL, encode(wished), entry.revision, timeout_s=1)
+    await store.update(CONTROL, encode(wished), entry.revision, timeout_s=10)
     again = await change(store, acknowledged)
     assert (again.acknowledged, again.switchover) == (3, WISH)
     assert again.attempt not in {made.attempt, ""}
@@ -56,10 +56,10 @@ async def test_somebody_else_is_never_overwritten() -> None:
     rounds = 0
 
     async def interfere() -> None:
-        entry = await other.get(CONTROL, timeout_s=1)
+        entry = await other.get(CONTROL, timeout_s=10)
         seen = decode_control(entry.value) if entry is not None else Control(attempt="")
         changed = msgspec.structs.replace(seen, attempt=f"other-{rounds}", switchover=WISH)
-        await other.update(CONTROL, encode(changed), entry.revision if entry is not None else 0, timeout_s=1)
+        await other.update(CONTROL, encode(changed), entry.revision if entry is not None else 0, timeout_s=10)
 
     class Slow(MemoryStore):
         limit = 2
@@ -77,7 +77,7 @@ async def test_somebody_else_is_never_overwritten() -> None:
     slow.limit = 1000
     with pytest.raises(Impossible, match="not written after 5 tries"):
         await change(slow, acknowledged)
-    assert await store.get(CONTROL, timeout_s=1) is not None
+    assert await store.get(CONTROL, timeout_s=10) is not None
 
 
 async def test_a_lost_answer_is_looked_up() -> None:
@@ -97,7 +97,7 @@ async def test_a_lost_answer_is_looked_up() -> None:
 
 async def test_a_record_of_another_version_is_left_alone() -> None:
     store = await stored(MemoryServer())
-    await store.create(CONTROL, b'{"of":"tomorrow"}', timeout_s=1)
+    await store.create(CONTROL, b'{"of":"tomorrow"}', timeout_s=10)
     with pytest.raises(Impossible, match="not a record of this version"):
         await change(store, acknowledged)
 

@@ -20,6 +20,7 @@ from harmony.demo.cluster import Cluster, ask_status, make_base, remove_base
 from harmony.demo.recorder import Recorders
 from harmony.demo.scenarios import Fault, Scenario
 from harmony.records import ClusterState
+from tests import pace
 
 T = TypeVar("T")
 TEMPLATES = tempfile.TemporaryDirectory(prefix="harmony-template-")  # for as long as Python runs
@@ -31,9 +32,9 @@ class Running:
     def __init__(self, cluster: Cluster, recorders: Recorders) -> None:
         self.cluster, self.recorders = cluster, recorders
 
-    def until(self, what: str, condition: Callable[[], T], seconds: float = 30.0) -> T:
+    def until(self, what: str, condition: Callable[[], T], seconds: float = 60.0) -> T:
         """What the condition gave when it held."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + pace.wait_s(seconds)
         while not (found := condition()):
             assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.logs()}"
             time.sleep(0.05)

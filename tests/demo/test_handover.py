@@ -14,6 +14,7 @@ from harmony.demo import procs
 from harmony.demo.client import boottime_ns
 from harmony.demo.cluster import Cluster
 from harmony.demo.databases import Node
+from tests import sampling
 from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
@@ -143,7 +144,7 @@ def test_killed_at_each_step(steady: Running) -> None:
         time.sleep(1.0)
         return before if whole() == before else ""
 
-    for role, module, word in STEPS:
+    for role, module, word in sampling.chosen(STEPS, 2):
         old = running.until("all are well", whole, 60)
         new = next(n for n in ("n2", "n3") if n != old)
         node = cluster.nodes[old if role == "old" else new]

@@ -10,6 +10,7 @@ import pytest
 
 from harmony.core.timing import PRESETS
 from harmony.demo.scenarios import Result, Scenario, store_down_s
+from tests import pace
 
 pytestmark = pytest.mark.real
 FAST = PRESETS["fast"]
@@ -35,6 +36,7 @@ def run(scenario: Scenario) -> Result:
     return msgspec.json.decode(done.stdout.splitlines()[-1].encode(), type=Result)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scenario", list(Scenario))
 def test_scenario(scenario: Scenario) -> None:
     """I1, I2, I5: takeover (or return), no row lost, never two. W9: writes stop within the bound."""
@@ -43,7 +45,7 @@ def test_scenario(scenario: Scenario) -> None:
     assert result.scenario == scenario.value
     assert result.lost_rows == 0
     assert result.dual_primary_s == 0
-    assert result.old_primary_last_ack_s <= BOUND_S
+    assert result.old_primary_last_ack_s <= BOUND_S + pace.SLACK_S
     assert result.outage_s is not None
     if scenario is Scenario.STORE_DOWN:
         assert result.new_primary == result.old_primary
@@ -51,4 +53,4 @@ def test_scenario(scenario: Scenario) -> None:
     else:
         assert result.new_primary != result.old_primary
         assert result.old_primary_back_s is not None
-        assert 0 < result.outage_s < 3 * FAST.failover_timeout_s + 30
+        assert 0 < result.outage_s < 3 * FAST.failover_timeout_s + 30 + pace.SLACK_S

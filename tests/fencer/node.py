@@ -25,6 +25,7 @@ from harmony.demo.databases import give_back_memory
 from harmony.demo.parts import Postgres, environment, run_as
 from harmony.fencer_client import call
 from harmony_fencer import cgroup, processes, protocol
+from tests import pace
 
 LEASE_S, FENCE_S = 2.0, 1.0
 
@@ -185,7 +186,7 @@ class Node:
         return self.process.wait(20)
 
     def ask(self, request: protocol.Request) -> protocol.Reply:
-        return call(str(self.run / "fencer.sock"), request, timeout_s=5)
+        return call(str(self.run / "fencer.sock"), request, timeout_s=pace.wait_s(5))
 
     def status(self) -> protocol.Status:
         reply = self.ask(protocol.StatusRequest())
@@ -224,7 +225,7 @@ class Node:
 
     def outcome(self, *, renewing: bool = False) -> protocol.OrderRecord:
         """The newest order's record once it has ended."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + pace.wait_s(20)
         while time.monotonic() < until:
             record = self.status().order
             assert record is not None
@@ -377,7 +378,7 @@ class Node:
         return processes.of_data_dir(str(self.data))
 
     def wait(self, condition: object, what: str, seconds: float = 15.0) -> None:
-        until = time.monotonic() + seconds
+        until = time.monotonic() + pace.wait_s(seconds)
         while time.monotonic() < until:
             if condition():  # type: ignore[operator]
                 return
@@ -390,7 +391,7 @@ class Node:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        until = time.monotonic() + 10
+        until = time.monotonic() + pace.wait_s(10)
         while self.pids() and time.monotonic() < until:
             for pid in self.pids():
                 processes.send(pid, signal.SIGKILL, str(self.data))
@@ -409,7 +410,7 @@ class Node:
             return
         data_dir = str(json.loads(self.config.read_text())["data_dir"])
         path = mount / mine.lstrip("/") / cgroup.name_for(data_dir)
-        until = time.monotonic() + 10
+        until = time.monotonic() + pace.wait_s(10)
         while path.exists() and time.monotonic() < until:
             with contextlib.suppress(OSError):
                 (path / "cgroup.kill").write_text("1")

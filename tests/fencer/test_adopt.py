@@ -25,7 +25,7 @@ def running(node: Node) -> Node:
 
 
 def _adoption(node: Node, *arguments: str) -> list[str]:
-    done = subprocess.run(node.argv(*arguments), capture_output=True, timeout=20, check=False)
+    done = subprocess.run(node.argv(*arguments), capture_output=True, timeout=60, check=False)
     problems: list[str] = json.loads(done.stdout)["problems"]
     assert done.returncode == (1 if problems else 0), done
     return problems
@@ -57,7 +57,7 @@ def test_what_else_ends_the_permit(running: Node) -> None:
     """It is spared beside nobody and by a fencer that is stopped or killed; not after its postmaster's end."""
     assert _adoption(running, "--permit-adoption", "test") == []
     for mode in ("--if-unguarded", "--once"):
-        subprocess.run(running.argv(mode, "test"), capture_output=True, timeout=20, check=True)
+        subprocess.run(running.argv(mode, "test"), capture_output=True, timeout=60, check=True)
         assert running.writable(), mode
     running.start()
     running.kill_fencer()
@@ -85,7 +85,7 @@ def test_an_operators_fence_and_any_order_end_it(running: Node) -> None:
 
 def test_withdrawn(running: Node) -> None:
     assert _adoption(running, "--permit-adoption", "test") == []
-    subprocess.run(running.argv("--withdraw-adoption"), timeout=20, check=True)
+    subprocess.run(running.argv("--withdraw-adoption"), timeout=60, check=True)
     running.start()
     running.wait(lambda: running.pids() == [], "a primary without a lease is stopped")
 

@@ -11,7 +11,7 @@ from harmony_fencer import protocol
 from tests.fencer.node import Node
 from tests.fencer.pair import Pair
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(0.5)]
 ROLES = "CREATE ROLE one LOGIN;\n-- a comment\n\nCREATE ROLE two LOGIN REPLICATION;\n"
 
 

@@ -29,6 +29,7 @@ import pytest
 
 from harmony_fencer import processes, protocol, server
 from harmony_fencer.protocol import Generation
+from tests import pace
 from tests.fencer.node import FENCE_S, Node, Template, boot_ns
 
 pytestmark = pytest.mark.real
@@ -295,13 +296,13 @@ def leads_and_is_fenced(node: Node, term: int) -> None:
         deadline_ns = reply.deadline_boottime_ns
         time.sleep(0.2)
     writer.join()
-    assert writer.last_ns <= deadline_ns + round(FENCE_S * 1e9)
+    assert writer.last_ns <= deadline_ns + round(FENCE_S * 1e9) + pace.SLACK_NS
     node.wait(lambda: node.status().fence_proven, "proof")
     fence = node.status().self_fence
     assert fence is not None
     assert (fence.reason, fence.state) == ("the lease is over", "done")
     assert deadline_ns <= fence.at_boottime_ns
-    assert fence.at_boottime_ns / 1e6 + fence.took_ms <= deadline_ns / 1e6 + FENCE_S * 1000
+    assert fence.at_boottime_ns / 1e6 + fence.took_ms <= deadline_ns / 1e6 + FENCE_S * 1000 + pace.SLACK_MS
     assert not node.pids()
 
 
@@ -316,8 +317,8 @@ def leads_and_is_ordered_to_fence(node: Node, term: int) -> None:
     record = node.outcome()
     writer.join()
     assert (record.op, record.state) == ("fence", "done"), record
-    assert 0 < record.took_ms <= FENCE_S * 1000
-    assert writer.last_ns <= ordered_ns + round(FENCE_S * 1e9)
+    assert 0 < record.took_ms <= FENCE_S * 1000 + pace.SLACK_MS
+    assert writer.last_ns <= ordered_ns + round(FENCE_S * 1e9) + pace.SLACK_NS
     assert not node.pids()
 
 
@@ -332,17 +333,20 @@ def fences_in_time_under(node: Node, uids: set[int], count: int, *kinds: str) ->
     assert of_fencer(node)[1] - rss < 6_000  # Python's own buffers and code paths not used before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY)
 def test_eight_and_eight_of_a_kind(guarded: Patient, kind: str) -> None:
     """Of the agent's user and of root's. W9: both fences within fence_timeout, as the fencer recorded it."""
     fences_in_time_under(guarded, {AGENT, os.getuid()}, 8 if AS_ROOT else 4, kind)
 
 
+@pytest.mark.sampled(1, group="patience with clients")
 def test_all_kinds_together(guarded: Patient) -> None:
     fences_in_time_under(guarded, {AGENT, os.getuid()}, 1, *EVERY)
 
 
 @needs_root
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["silent", "status-flood", "bad-frames", "comes-and-goes"])
 def test_any_number_of_the_agents_leaves_root_undisturbed(guarded: Patient, kind: str) -> None:
     """Far beyond its places; root is served at its first try, each time."""
@@ -457,6 +461,7 @@ def test_a_flood_does_not_fill_the_log(guarded: Patient) -> None:
 # ---------------------------------------------------------------- nobody reads the log
 
 
+@pytest.mark.sampled(1, group="patience with clients")
 def test_a_full_stderr_that_nobody_reads(node: Node) -> None:
     """log.py's promise: a journald that hangs stops neither orders nor the dead-man's switch."""
     (node.top / "fencer.log").touch()
@@ -504,7 +509,7 @@ def test_the_client_of_the_specification(node: Node) -> None:
     node.make_writable()
     use = f"\nf = Fencer({path_of(node)!r})\nprint(json.dumps([f.ask('hello', client='doc'), f.fence('test')]))\n"
     argv = [sys.executable, "-I", "-S", "-c", client + use]
-    done = subprocess.run(argv, check=True, capture_output=True, timeout=20)
+    done = subprocess.run(argv, check=True, capture_output=True, timeout=60)
     hello, fenced = json.loads(done.stdout)
     assert hello["kind"] == "status"
     assert fenced["record"]["generation"] == {"term": 1, "order": 2}

@@ -29,9 +29,10 @@ from harmony_fencer import cgroup, processes, protocol
 from harmony_fencer.config import load
 from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation
+from tests import pace
 from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(0.5)]
 
 FREEZER = Path("/sys/fs/cgroup/freezer")  # v1: what it freezes not even SIGKILL ends
 
@@ -72,7 +73,9 @@ def node(
         until_ns = boot_ns()
         other.wait(lambda: writer.last_ns > until_ns, "the neighbour writes on", 2)
         assert set(before) <= set(other.pids()), "a process of another data directory was killed"
-        assert writer.longest_gap_s(begun_ns, boot_ns()) < 1.0, "another data directory was halted"
+        assert writer.longest_gap_s(begun_ns, boot_ns()) < 1.0 + pace.SLACK_S, (
+            "another data directory was halted"
+        )
     finally:
         made.destroy()
         shutil.rmtree(top)
@@ -84,7 +87,7 @@ by_hand = pytest.mark.parametrize("node", ["cgroup"], indirect=True)  # is outsi
 def proven(node: Node, record: protocol.OrderRecord, *, within_s: float = FENCE_S) -> None:
     """I6: done within its budget, nobody left, and it lasts."""
     assert record.state == "done", (record, node.log())
-    assert record.took_ms <= within_s * 1000, record
+    assert record.took_ms <= within_s * 1000 + pace.SLACK_MS, record
     assert not node.pids(), [processes.describe(p) for p in node.pids()]
     node.wait(lambda: node.status().fence_proven, "proven", 1)
     assert (node.data / "standby.signal").exists()
@@ -281,7 +284,7 @@ def test_a_long_crash_recovery(node: Node) -> None:
     ):
         pass
     with node.connect() as c:
-        until = time.monotonic() + 20
+        until = time.monotonic() + pace.wait_s(20)
         start = c.execute("SELECT pg_current_wal_lsn()").fetchone()
         assert start is not None
         while time.monotonic() < until:
@@ -327,7 +330,7 @@ def test_somebody_who_starts_it_again_and_again(node: Node) -> None:
             if record.state == "failed":  # a new one at every look, on a busy host: frozen, and said so
                 assert "processes live on" in record.detail or "something listens" in record.detail
                 continue
-            assert record.took_ms < FENCE_S * 1000
+            assert record.took_ms < FENCE_S * 1000 + pace.SLACK_MS
             # Of the first kill, and of the one that was proof: a look that finds nobody is not asked for again.
             assert [rung.gone for rung in record.rungs].count(True) <= 2
             node.wait(node.in_recovery, "it is up again, as a standby", 10)
@@ -511,7 +514,7 @@ def test_an_archive_command_that_hangs(node: Node, clean: bool) -> None:
         begun = time.monotonic()
         left_s = ((node.status().lease_deadline_boottime_ns or 0) - boot_ns()) / 1e9
         record = node.fence(1, 2, clean=clean)
-        assert time.monotonic() - begun <= FENCE_S + (left_s if clean else 0)
+        assert time.monotonic() - begun <= FENCE_S + (left_s if clean else 0) + pace.SLACK_S
         proven(node, record, within_s=FENCE_S + (left_s if clean else 0))
         assert [r.name for r in record.rungs] == ["fast"] * clean + ["freeze", "kill"]
 
@@ -675,7 +678,7 @@ def test_what_is_said_of_a_process_that_cannot_be_killed(node: Node) -> None:
             (box / "freezer.state").write_text("FROZEN")
             record = node.fence(1, 2)
             assert record.state == "failed"
-            assert FENCE_S * 900 <= record.took_ms <= FENCE_S * 1200
+            assert FENCE_S * 900 <= record.took_ms <= FENCE_S * 1200 + pace.SLACK_MS
             assert "after rung kill 1 processes live on" in record.detail
             assert f"{row[0]} 'postgres: " in record.detail
             assert "state D" in record.detail
@@ -706,7 +709,7 @@ def test_a_start_that_hangs_and_cannot_be_killed_holds_up_no_fence(node: Node) -
         node.wait(lambda: (box / "freezer.state").read_text() == "FROZEN\n", "pg_ctl hangs", 5)
         begun = time.monotonic()
         record = node.fence(1, 2)
-        assert time.monotonic() - begun < FENCE_S + 0.5
+        assert time.monotonic() - begun < FENCE_S + 0.5 + pace.SLACK_S
         if "cgroup" in node.status().held_by:
             assert record.state == "failed"  # it is in PostgreSQL's cgroup
             assert "pg_ctl" in record.detail
@@ -789,7 +792,7 @@ def test_standby_signal_removed_and_started_writable(node: Node) -> None:
     node.hand()
     with contextlib.suppress(AssertionError), node.writing() as writer:
         time.sleep(1.0)
-        assert (writer.last_ns - begun) / 1e9 < 0.5 + FENCE_S
+        assert (writer.last_ns - begun) / 1e9 < 0.5 + FENCE_S + pace.SLACK_S
     node.wait(lambda: node.status().fence_proven and not node.pids(), "fenced")
     self_fence = node.status().self_fence
     assert self_fence is not None

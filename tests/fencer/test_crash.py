@@ -36,6 +36,7 @@ from harmony_fencer.config import FencerConfig
 from harmony_fencer.ledger import Ledger, load_state
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
 from tests import disk as disks
+from tests import pace
 from tests.fencer.fakes import HeldDisk, configuration
 from tests.fencer.node import FENCE_S, LEASE_S, Node
 
@@ -168,6 +169,7 @@ def series(folder: Path) -> int:
     return kills
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("which", "least"), [("state", 100), ("lease", 20), ("latch", 100), ("lift", 10), ("witness", 100)]
 )
@@ -833,7 +835,7 @@ def test_a_hung_disk_does_not_hold_up_a_fence(node: Node) -> None:
         node.wait(lambda: not node.pids(), "stopped", FENCE_S)
         record = node.outcome()
         assert (record.op, record.state) == ("fence", "done"), record
-        assert time.monotonic() - begun <= FENCE_S + 0.5
+        assert time.monotonic() - begun <= FENCE_S + 0.5 + pace.SLACK_S
         assert refused(node.activate(2, 1)) == "untrusted_state"
         node.kill_fencer()
     node.start()
@@ -879,7 +881,7 @@ def test_a_fence_does_not_wait_for_an_activate_that_hangs(node: Node) -> None:
         begun = time.monotonic()
         assert isinstance(node.ask(protocol.Fence(generation=Generation(3, 1), reason="")), protocol.Accepted)
         node.wait(lambda: not node.pids(), "stopped", FENCE_S)
-        assert time.monotonic() - begun <= FENCE_S + 0.5
+        assert time.monotonic() - begun <= FENCE_S + 0.5 + pace.SLACK_S
 
 
 if __name__ == "__main__":

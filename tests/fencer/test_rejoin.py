@@ -14,6 +14,7 @@ import pytest
 
 from harmony.demo.parts import run_as
 from harmony_fencer import protocol
+from tests import pace
 from tests.fencer.node import Template
 from tests.fencer.pair import Pair
 
@@ -53,6 +54,7 @@ def test_two_timelines_of_one_number_are_not_mistaken_for_one(pair: Pair) -> Non
     pair.healthy()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("promote", [True, False])
 def test_a_source_without_a_checkpoint_on_its_timeline(pair: Pair, promote: bool) -> None:
     """O5: pg_rewind (before 16) takes it for one of the timeline that it left, and PostgreSQL does not start then."""
@@ -209,6 +211,7 @@ def is_put_in_place(p: Pair) -> bool:
     return (p.node.data / "harmony.whole").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("clone", "moment"),
     [
@@ -237,7 +240,7 @@ def test_a_fencer_killed_at_any_step_is_taken_up(
     pair.diverge()
     node = pair.node
     assert isinstance(pair.send(clone=clone), protocol.Accepted)
-    until = time.monotonic() + 20
+    until = time.monotonic() + pace.wait_s(20)
     while not moment(pair):
         order = node.status().order
         assert order is not None

@@ -13,6 +13,7 @@ from harmony.core.sync import HOLD, Rule
 from harmony_fencer import protocol, settings
 from harmony_fencer.config import load
 from harmony_fencer.protocol import Generation, SyncRule, SyncTold
+from tests import pace
 from tests.fencer.node import Node
 
 pytestmark = pytest.mark.real
@@ -54,7 +55,7 @@ def waits(node: Node) -> bool:
             target=client.execute, args=("SELECT pg_logical_emit_message(true, 'test', '')",)
         )
         commit.start()
-        until = time.monotonic() + 5
+        until = time.monotonic() + pace.wait_s(5)
         waiting = False
         while commit.is_alive() and time.monotonic() < until:
             row = beside.execute("SELECT wait_event FROM pg_stat_activity WHERE pid = %s", (pid,)).fetchone()

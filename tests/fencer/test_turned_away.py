@@ -9,7 +9,7 @@ import pytest
 
 from tests.fencer.pair import Pair
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(0.5)]
 GRANTS = (
     "GRANT EXECUTE ON FUNCTION pg_ls_dir(text, boolean, boolean), pg_stat_file(text, boolean), "
     "pg_read_binary_file(text), pg_read_binary_file(text, bigint, bigint, boolean) TO repl"

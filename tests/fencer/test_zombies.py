@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harmony_fencer import processes
+from tests import pace
 
 # A session of its own, with one child that has ended and is never reaped.
 PARENT = "import os, sys, time\nif os.fork() == 0:\n    os._exit(0)\nprint(flush=True)\ntime.sleep(600)"
@@ -23,7 +24,7 @@ def parent() -> Iterator[int]:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + pace.wait_s(5)
         while state(process.pid) != "Z" and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state(process.pid) == "Z"

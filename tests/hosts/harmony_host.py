@@ -25,6 +25,7 @@ import tomli_w
 
 from harmony.demo.databases import Node
 from harmony.fencer_client import protocol
+from tests import pace
 from tests.hosts.host import PYTHON, VENV, Host, HostError
 
 # What is installed; another tree (an older version, a clean checkout) by the environment.
@@ -232,7 +233,7 @@ class HarmonyHost(Host):
 
     def wait_for_primary(self, timeout: float = PRIMARY_TIMEOUT_S) -> str:
         """Ask harmonyctl until it says 0 or 1 (there is a primary); returns the primary's name."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + pace.wait_s(timeout)
         while True:
             code, said = self.status()  # each answer takes a process's start: pause enough
             if code in {0, 1}:

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests import pace
 from tests.hosts import cgroups, processes
 from tests.hosts.disk import IDENTIFY, MASKED, PREPARE, WRITE
 from tests.hosts.processes import Process
@@ -45,7 +46,7 @@ class HostError(AssertionError):
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
     """Look again and again until it holds. Raises HostError saying `what` never came."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + pace.wait_s(timeout)
     while not condition():
         if time.monotonic() > deadline:
             raise HostError(f"not within {timeout:g} s: {what}")
@@ -197,7 +198,7 @@ class Host(Caged):
             raise HostError(f"{self.name} runs already")
         cgroups.freeze(self.cgroup, False)
         cgroups.remove_below(self.cgroup)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + pace.wait_s(timeout)
         notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         notified.bind(str(self._base / "notify"))
         try:

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests import pace
 from tests.hosts.harmony_host import CONFIG, HarmonyHost
 from tests.hosts.host import wait_until
 from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S
@@ -62,7 +63,7 @@ def test_all_of_harmony_killed_at_once(hard_host: HarmonyHost) -> None:
     took = written.last_s(first) - killed
     back = written.first_s(last) - killed
     print(f"all three killed: last commit acknowledged after {took:.3f} s, written again after {back:.2f} s")
-    assert took <= LEASE_S + FENCE_TIMEOUT_S
+    assert took <= LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
     assert again > killed
     assert "Harmony has ended" in host.journal("harmony", 400)
 
@@ -82,7 +83,7 @@ def test_all_of_harmony_killed_and_unable_to_come_back(hard_host: HarmonyHost) -
         host.start()
         host.wait_for_primary()
     print(f"all killed for good: last commit acknowledged after {took:.3f} s")
-    assert took <= LEASE_S + FENCE_TIMEOUT_S
+    assert took <= LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
 
 
 def test_agent_and_fencer_killed_at_once(hard_host: HarmonyHost) -> None:
@@ -101,7 +102,7 @@ def test_agent_and_fencer_killed_at_once(hard_host: HarmonyHost) -> None:
     print(f"agent and fencer killed: {'fenced' if fenced else 'no fence'}, gap {gap:.2f} s")
     assert host.pids("harmony-supervisor") == supervisor
     if fenced:
-        assert written.last_s(written.eras()[0]) <= killed + LEASE_S + FENCE_TIMEOUT_S
+        assert written.last_s(written.eras()[0]) <= killed + LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
 
 
 def test_a_hung_supervisor_is_killed_and_replaced(hard_host: HarmonyHost) -> None:
@@ -124,9 +125,9 @@ def test_a_hung_supervisor_is_killed_and_replaced(hard_host: HarmonyHost) -> Non
     print(
         f"hung supervisor: killed after {killed - began:.1f} s; {'fenced' if fenced else 'no fence'}, gap {gap:.2f} s"
     )
-    assert killed - began <= WATCHDOG_S + 2
+    assert killed - began <= WATCHDOG_S + 2 + pace.SLACK_S
     if fenced:  # its agent went on renewing until it died with it
-        assert written.last_s(written.eras()[0]) <= killed + LEASE_S + FENCE_TIMEOUT_S
+        assert written.last_s(written.eras()[0]) <= killed + LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
 
 
 def test_agent_and_supervisor_stopped(hard_host: HarmonyHost) -> None:
@@ -144,12 +145,13 @@ def test_agent_and_supervisor_stopped(hard_host: HarmonyHost) -> None:
         host.wait_for_primary()
         writer.wait_for_commit(now_s())
     print(f"nobody renews: last commit acknowledged after {last:.3f} s, nobody left after {gone:.3f} s")
-    assert last <= LEASE_S + FENCE_TIMEOUT_S
+    assert last <= LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
 
 
 # ---------------------------------------------------------------- frozen
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("beyond_s", [5.0, 12.0])
 def test_a_host_that_stood_still(hard_host: HarmonyHost, beyond_s: float) -> None:
     """I1: a host paused beyond its lease (and beyond systemd's watchdog) writes next to nothing when it wakes.
@@ -174,7 +176,7 @@ def test_a_host_that_stood_still(hard_host: HarmonyHost, beyond_s: float) -> Non
         + (f", the last after {after_ms:.1f} ms" if late else "")
         + f"; written again after {written.first_s(written.eras()[1]) - thawed:.2f} s"
     )
-    assert after_ms <= THAW_S * 1000
+    assert after_ms <= THAW_S * 1000 + pace.SLACK_MS
 
 
 def test_a_short_pause_fences_nothing(hard_host: HarmonyHost) -> None:

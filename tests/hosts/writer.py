@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import psycopg
 
+from tests import pace
 from tests.hosts.host import Host, HostError
 
 CLIENTS = 4
@@ -97,7 +98,7 @@ class Writer:
 
     def wait_for_commit(self, since_s: float, timeout: float = 30.0) -> float:
         """Wait for a commit acknowledged after `since_s`; returns when that was."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + pace.wait_s(timeout)
         while time.monotonic() < deadline:
             last = self._commits[-1].at_s
             if last > since_s:

@@ -57,11 +57,11 @@ class Tally:
         return "\n".join(lines)
 
 
-def seeds_for(hours: float) -> int:
-    """How many seeds it takes: a seed's setting says how long it is."""
+def seeds_for(hours: float, first: int = 0) -> int:
+    """How many seeds it takes from `first` on: a seed's setting says how long it is."""
     count, total = 0, 0.0
     while total < hours:
-        s = setting.draw(count)
+        s = setting.draw(first + count)
         total += (s.faults_ns + s.calm_ns) / 3600e9
         count += 1
     return count

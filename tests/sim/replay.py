@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     o = parser.parse_args()
     if o.hours is not None:
-        count = seeds_for(o.hours)
+        count = seeds_for(o.hours, o.first)
         tally = run_all(o.first, count, told_every_s=60.0)
         sys.stdout.write(tally.text() + "\n")
         for seed, _ in sorted(tally.failures)[:1]:

@@ -21,6 +21,7 @@ from harmony_supervisor.child import Spec
 from harmony_supervisor.main import _folders as folders
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
+from tests import pace
 
 pytestmark = pytest.mark.real
 
@@ -246,7 +247,7 @@ class Unkillable:
     def __exit__(self, *_: object) -> None:
         self._at_last.cancel()
         self.thaw()
-        until = time.monotonic() + 5
+        until = time.monotonic() + pace.wait_s(5)
         while time.monotonic() < until and (self._group / "cgroup.procs").read_text():
             time.sleep(0.01)
         self._group.rmdir()
@@ -338,7 +339,7 @@ def test_a_killed_supervisor_takes_the_agent_with_it_and_not_the_fencer(tmp_path
     )
     fencer = 0
     try:
-        until = time.monotonic() + 15
+        until = time.monotonic() + pace.wait_s(15)
         while time.monotonic() < until and not (
             (tmp_path / "agent").exists() and (tmp_path / "agent").read_text()
         ):
@@ -348,7 +349,7 @@ def test_a_killed_supervisor_takes_the_agent_with_it_and_not_the_fencer(tmp_path
         fencer = int((tmp_path / "fencer").read_text().split()[1])
         process.kill()
         process.wait()
-        until = time.monotonic() + 5
+        until = time.monotonic() + pace.wait_s(5)
         while time.monotonic() < until and (alive(agent) or "eof" not in (tmp_path / "fencer").read_text()):
             time.sleep(0.02)
         assert not alive(agent)

@@ -24,7 +24,7 @@ from tests.fencer.test_timelines import (
     test_the_timeline_is_the_reserved_one,
 )
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(3, group="a second version of PostgreSQL")]
 __all__ = [
     "test_a_cluster_from_nothing",
     "test_a_diverged_standby_is_rewound",
