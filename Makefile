@@ -52,6 +52,7 @@ test-lowest: build/uv/.installed
 	$(UV) venv --quiet --clear --python $(PYTHON) build/lowest
 	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --editable '.[embedded,dev]'
 	build/lowest/bin/python -m pytest $(FAST)
+	build/lowest/bin/python -m pytest tests/store $(PYTEST_ARGS)  # what NATS's library does, only a server shows
 
 test-newest: build/uv/.installed
 	$(UV) venv --quiet --clear --python $(PYTHON) build/newest
@@ -59,6 +60,7 @@ test-newest: build/uv/.installed
 		print(*(d.partition(",<")[0] for d in p["dependencies"]), sep="\n")' >build/newest/unbounded.txt
 	$(UV) pip install --quiet --python build/newest --upgrade --overrides build/newest/unbounded.txt --editable '.[embedded,dev]'
 	build/newest/bin/python -m pytest $(FAST)
+	build/newest/bin/python -m pytest tests/store $(PYTEST_ARGS)
 
 # requirements.lock anew, with the newest versions that pyproject.toml allows (LOCK= keeps those that it still allows).
 LOCK ?= --upgrade
