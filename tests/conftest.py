@@ -6,8 +6,13 @@ import ctypes
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests.hosts.keeper import mount
+
+# No example is ever too slow: the machine may be busy. What fails is printed so that it can be run again.
+settings.register_profile("harmony", deadline=None, print_blob=True)
+settings.load_profile("harmony")
 
 NEW_MOUNTS, NEW_IPC = 0x00020000, 0x08000000  # CLONE_NEWNS, CLONE_NEWIPC in <linux/sched.h>
 

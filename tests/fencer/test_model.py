@@ -854,7 +854,6 @@ Machine.TestCase.settings = settings(
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestAnyInterleaving = pytest.mark.computes(Machine.TestCase)
