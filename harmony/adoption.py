@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import psycopg
 
 from harmony.config import Config
+from harmony.decoding import Unreadable
 from harmony.errors import in_a_line
 from harmony.records import ClusterState, Member, decode_cluster, decode_member
 from harmony.store.interface import Entry
@@ -168,7 +168,7 @@ def look_at_store(
         known: dict[str, Member | None] = {
             n: decode_member(e.value) if e is not None else None for n, e in members.items()
         }
-    except msgspec.DecodeError as e:
+    except Unreadable as e:
         found.problems.append(f"the store holds a record that is not of this version of Harmony: {e}")
         return
     if state is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from harmony.core.states import State
+from harmony.decoding import decoded
 
 CLUSTER_STATE = "cluster_state"
 CONTROL = "control"
@@ -130,15 +131,15 @@ def encode(record: ClusterState | Member | Control) -> bytes:
 
 
 def decode_cluster(value: bytes) -> ClusterState:
-    """Raises msgspec.DecodeError on anything else than a whole ClusterState."""
-    return _cluster.decode(value)
+    """Raises Unreadable on anything else than a whole ClusterState."""
+    return decoded(_cluster, value)
 
 
 def decode_member(value: bytes) -> Member:
-    """Raises msgspec.DecodeError on anything else than a whole Member."""
-    return _member.decode(value)
+    """Raises Unreadable on anything else than a whole Member."""
+    return decoded(_member, value)
 
 
 def decode_control(value: bytes) -> Control:
-    """Raises msgspec.DecodeError on anything else than a whole Control."""
-    return _control.decode(value)
+    """Raises Unreadable on anything else than a whole Control."""
+    return decoded(_control, value)

@@ -7,9 +7,14 @@ import os
 import subprocess
 
 import pytest
+from hypothesis import settings
 
 from tests import sampling
 from tests.hosts.keeper import mount
+
+# No example is ever too slow: the machine may be busy. What fails is printed so that it can be run again.
+settings.register_profile("harmony", deadline=None, print_blob=True)
+settings.load_profile("harmony")
 
 # From <linux/sched.h>
 NEW_MOUNTS, NEW_IPC, NEW_NETWORK = 0x00020000, 0x08000000, 0x40000000

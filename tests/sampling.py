@@ -1,6 +1,6 @@
 """What repeats itself is sampled in `make test` and whole in `make test-all`; samples move on from run to run.
 
-A turn is a number of the run (minutes since 1970, unless HARMONY_TURN says another). Without one everything runs, so
+A turn is a number of the run (minutes since 1970, unless TESTS_TURN says another). Without one everything runs, so
 that a test which is asked for by its name runs whole. `@pytest.mark.sampled(n)` on a parametrised test keeps n of its
 cases at a turn; below 1, that share of them; 0: it runs in `make test-all` alone. Tests with `group="NAME"` are sampled
 as the cases of one. The window moves on with the turn, so that every case has its day.
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 
-TURN = "HARMONY_TURN"
+TURN = "TESTS_TURN"
 T = TypeVar("T")
 
 

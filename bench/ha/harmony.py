@@ -183,6 +183,27 @@ class Harmony:
         argv = [str(self._bin / "harmonyctl"), *words, "--config", str(host.folder / "harmony.toml")]
         return host.run(argv, timeout=120).stdout
 
+    def status(self, name: str) -> dict[str, object]:
+        """What `status --json` says on that host. Its exit code judges the cluster: here a degraded one is no failure.
+
+        Raises HostError where no agent answers.
+        """
+        host = self._lab.hosts[name]
+        argv = [
+            str(self._bin / "harmonyctl"),
+            "status",
+            "--json",
+            "--config",
+            str(host.folder / "harmony.toml"),
+        ]
+        done = host.run(argv, timeout=120, check=False)
+        try:
+            said: dict[str, object] = json.loads(done.stdout)
+        except ValueError:
+            words = (done.stderr or done.stdout).strip()[-2000:]
+            raise HostError(f"{name}: status exited {done.returncode}: {words}") from None
+        return said
+
     def switch_over(self, _old: str, new: str) -> None:
         self.control(new, "switchover", "--to", new)
 

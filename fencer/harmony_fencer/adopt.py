@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from harmony_fencer.clock import boot_ns
+from harmony_fencer.decoding import decoded
 from harmony_fencer.durable import read_small, remove, replace, seal, unseal
 
 NAME = "fencer.adopt"
@@ -85,7 +86,7 @@ def withdraw(folder: Path) -> None:
 def load(folder: Path) -> Permit | None:
     """The permit; what cannot be read is none, nor is what was granted at a time that this boot has not reached."""
     try:
-        found = msgspec.json.decode(unseal(read_small(folder / NAME)), type=Permit)
+        found = decoded(msgspec.json.Decoder(Permit), unseal(read_small(folder / NAME)))
     except (OSError, ValueError):
         return None
     return found if found.granted_ns <= boot_ns() else None

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from harmony_fencer.decoding import Unreadable, decoded
+
 EXIT_CONFIG = 78
 
 
@@ -97,6 +99,6 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: str) -> FencerConfig:
     """Read and check. Raises ValueError with the place of what is wrong, and OSError (a restart may help)."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=FencerConfig)
-    except (FileNotFoundError, msgspec.DecodeError) as e:
+        return decoded(msgspec.json.Decoder(FencerConfig), Path(path).read_bytes())
+    except (FileNotFoundError, Unreadable) as e:
         raise ValueError(f"{path}: {e}") from e

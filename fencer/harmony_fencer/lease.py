@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from harmony_fencer.decoding import decoded
 from harmony_fencer.durable import read_small, seal, unseal
 from harmony_fencer.protocol import Generation, SyncTold
 
@@ -20,6 +21,9 @@ class Lease(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_boottime_ns: int
     boot_id: str
     sync: SyncTold | None = None  # the rule that its commits wait by
+
+
+_leases: msgspec.json.Decoder[Lease] = msgspec.json.Decoder(Lease)
 
 
 def clamp(deadline_ns: int, now_ns: int, lease_ns: int) -> int:
@@ -42,7 +46,7 @@ def clear(path: Path) -> None:
 def load(path: Path, *, boot_id: str, now_ns: int, lease_ns: int) -> Lease | None:
     """The lease in force, or None: none, unreadable, of another boot, over, or too far in the future."""
     try:
-        lease = msgspec.json.decode(unseal(read_small(path)), type=Lease)
+        lease = decoded(_leases, unseal(read_small(path)))
     except (OSError, ValueError):
         return None
     if lease.boot_id != boot_id or not now_ns < lease.deadline_boottime_ns <= now_ns + lease_ns:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from harmony_fencer.clock import boot_id
+from harmony_fencer.decoding import decoded
 from harmony_fencer.durable import read_small, seal, unseal
 
 NAMES = {"postgres", "postmaster"}
@@ -87,7 +88,7 @@ class Place:
         if self._notes is None:
             return set()
         try:
-            notes = msgspec.json.decode(unseal(read_small(self._notes)), type=Notes)
+            notes = decoded(msgspec.json.Decoder(Notes), unseal(read_small(self._notes)))
         except (OSError, ValueError):
             return set()
         return set(notes.places) if (notes.boot_id, notes.path) == (boot_id(), self.path) else set()

@@ -16,6 +16,8 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from harmony_fencer.decoding import Unreadable, decoded
+
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024
 HEADER = struct.Struct(">I")
@@ -383,11 +385,11 @@ def _bad(why: Exception | str) -> ProtocolError:
 def decode_request(body: bytes) -> Request:
     """Strictly decode a request's body. Raises ProtocolError, naming the place, and nothing else."""
     try:
-        version = _versions.decode(body).v
+        version = decoded(_versions, body).v
         if version != VERSION:
             raise ProtocolError("bad_version", f"version {version}"[:40] + f"; this fencer speaks {VERSION}")
-        request = _requests.decode(body)
-    except (ValueError, RecursionError) as e:  # of ValueError: msgspec's own errors, and UnicodeDecodeError
+        request = decoded(_requests, body)
+    except Unreadable as e:
         raise _bad(e) from e
     _refuse_ambiguity(body)
     _refuse_nonsense(request)
@@ -423,6 +425,6 @@ def _refuse_ambiguity(body: bytes) -> None:
 def decode_reply(body: bytes) -> Reply:
     """Decode a reply's body. Raises ProtocolError, naming the place."""
     try:
-        return _replies.decode(body)
-    except (ValueError, RecursionError) as e:
+        return decoded(_replies, body)
+    except Unreadable as e:
         raise _bad(e) from e

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from harmony_fencer.decoding import Unreadable, decoded
 from harmony_fencer.durable import REAL, Disk, read_small, remove, replace, seal, unseal
 from harmony_fencer.protocol import Generation, Latch, OrderRecord
 
@@ -39,6 +40,11 @@ class Witness(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     highest: Generation
 
 
+_states: msgspec.json.Decoder[State] = msgspec.json.Decoder(State)
+_witnesses: msgspec.json.Decoder[Witness] = msgspec.json.Decoder(Witness)
+_latches: msgspec.json.Decoder[Latch] = msgspec.json.Decoder(Latch)
+
+
 def fresh(highest: Generation = Generation(0, 0)) -> State:  # noqa: B008 (frozen)
     """The state of a node without a past."""
     return State(uuid.uuid4().hex, highest, None, None)
@@ -51,8 +57,8 @@ def encode(state: State) -> bytes:
 def decode(raw: bytes) -> State:
     """Raises ValueError when a single byte is missing or another."""
     try:
-        return msgspec.json.decode(unseal(raw), type=State)
-    except msgspec.DecodeError as e:
+        return decoded(_states, unseal(raw))
+    except Unreadable as e:
         raise ValueError(f"it is not of this version: {e}") from e
 
 
@@ -74,7 +80,7 @@ def testify(path: Path, w: Witness) -> None:
 def witness(path: Path, node: str) -> Witness | None:
     """The witness at `path`, when it is whole and of this node."""
     try:
-        found = msgspec.json.decode(unseal(read_small(path)), type=Witness)
+        found = decoded(_witnesses, unseal(read_small(path)))
     except (OSError, ValueError):
         return None
     return found if found.node == node else None
@@ -151,7 +157,7 @@ def latch(folder: Path) -> Latch | None:
     """The latch in force. One that cannot be read is in force all the same."""
     path = folder / LATCH
     try:
-        return msgspec.json.decode(unseal(read_small(path)), type=Latch)
+        return decoded(_latches, unseal(read_small(path)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

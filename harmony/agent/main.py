@@ -30,6 +30,7 @@ from harmony.agent.slots import Wanted
 from harmony.config import Config
 from harmony.core.messages import Event, Retiring
 from harmony.core.view import Identity, Policy
+from harmony.decoding import Unreadable, decoded
 from harmony.errors import EXIT_CONFIG, FatalError
 from harmony.logs import configure_logging
 from harmony.store import open_store
@@ -225,8 +226,8 @@ def main() -> None:
     parser.add_argument("--supervisor-fd", type=int, help="the supervisor's socketpair")
     options = parser.parse_args()
     try:
-        config = msgspec.json.decode(Path(options.resolved).read_bytes(), type=Config)
-    except (OSError, msgspec.DecodeError) as e:
+        config = decoded(msgspec.json.Decoder(Config), Path(options.resolved).read_bytes())
+    except (OSError, Unreadable) as e:
         sys.stderr.write(f"harmony-agent: {options.resolved}: {e}\n")
         sys.exit(EXIT_CONFIG)
     configure_logging(config.log.format, config.log.level, node=config.node.name)

@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from harmony.core.messages import Marks, Remembered
+from harmony.decoding import Unreadable, decoded
 
 NAME = "store.json"
 SLOW_S = 5.0
@@ -75,6 +76,9 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     marks: Marks
 
 
+_stored: msgspec.json.Decoder[Stored] = msgspec.json.Decoder(Stored)
+
+
 def encode(stored: Stored) -> bytes:
     """One line of CRC-32, one of JSON."""
     body = msgspec.json.encode(stored)
@@ -89,8 +93,8 @@ def decode(raw: bytes) -> Stored:
     if head != b"%08x" % zlib.crc32(body[:-1]):
         raise ValueError("its checksum is wrong")
     try:
-        return msgspec.json.decode(body, type=Stored)
-    except msgspec.DecodeError as e:
+        return decoded(_stored, body)
+    except Unreadable as e:
         raise ValueError(f"it is not of this version: {e}") from e
 
 

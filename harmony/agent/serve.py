@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from harmony.admin import MAX_LINE_BYTES, AcceptReply, AcceptRequest, ErrorReply, Query, StatusReply
+from harmony.decoding import Unreadable, decoded
 from harmony.errors import FatalError
 
 TIMEOUT_S = 2.0
@@ -50,8 +51,8 @@ def bind(path: Path) -> trio.SocketListener:
 def answer(line: bytes, uid: int, agent: Answering) -> StatusReply | AcceptReply | ErrorReply:
     """The reply to one request of user `uid`."""
     try:
-        query = _queries.decode(line)
-    except (ValueError, RecursionError) as e:
+        query = decoded(_queries, line)
+    except Unreadable as e:
         return ErrorReply(f"bad request: {str(e)[:300]}")
     if not isinstance(query, AcceptRequest):
         return agent.status()

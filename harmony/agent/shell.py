@@ -10,7 +10,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-import msgspec
 import structlog
 import trio
 
@@ -55,6 +54,7 @@ from harmony.core.slots import Duty
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.timing import NS, Timing
 from harmony.core.view import Identity, View, alive, distrust
+from harmony.decoding import Unreadable
 from harmony.errors import FatalError, SequenceMismatch, StoreMisconfigured, StoreUnavailable
 from harmony.records import (
     CLUSTER_STATE,
@@ -155,7 +155,7 @@ class Shell:
                 return MemberSeen(name, decode_member(entry.value), entry.revision, entry.created_ns)
             if entry.key == CONTROL:
                 return ControlSeen(decode_control(entry.value), entry.revision)
-        except msgspec.DecodeError as e:
+        except Unreadable as e:
             text = f"revision {entry.revision} of {entry.key} is not a record of this version: {e}"
             if text != self._store_told:
                 self._store_told = text

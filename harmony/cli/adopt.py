@@ -23,6 +23,7 @@ from harmony.cli.control import CALL_S, Impossible, connected, with_store
 from harmony.cli.where import who
 from harmony.config import Config
 from harmony.core.states import WRITABLE_STATES
+from harmony.decoding import Unreadable, decoded
 from harmony.errors import ConfigError, StoreUnavailable
 from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, decode_cluster, decode_member
 from harmony.resolve import resolve
@@ -56,10 +57,9 @@ def ask_fencer(config: Config, *arguments: str) -> Judgement:
         argv = [sys.executable, "-I", "-m", "harmony_fencer", "--config", file.name, *arguments]
         try:
             done = subprocess.run(argv, capture_output=True, timeout=FENCER_S, check=False)
-            return msgspec.json.decode(
-                done.stdout or b'{"problems":[],"system_identifier":"","held_by":""}', type=Judgement
-            )
-        except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as e:
+            nothing = b'{"problems":[],"system_identifier":"","held_by":""}'
+            return decoded(msgspec.json.Decoder(Judgement), done.stdout or nothing)
+        except (OSError, subprocess.SubprocessError, Unreadable) as e:
             raise Impossible(f"the fencer's program cannot be asked: {e}") from e
 
 
@@ -112,10 +112,12 @@ async def _progress(config: Config, store: Store) -> str | None:
         return f"store: {e}"
     if own is None:
         return "now start Harmony on this host (systemctl start harmony); waiting for it"
-    m = decode_member(own.value)
-    if entry is None:
+    try:
+        m, c = decode_member(own.value), decode_cluster(entry.value) if entry is not None else None
+    except Unreadable as e:
+        raise Impossible(f"a record is not one of this version of Harmony: {e}") from e
+    if c is None:
         return f"{me}: {m.status}, {m.why}"
-    c = decode_cluster(entry.value)
     if c.primary != me:
         raise Impossible(f"the store shows {c.primary or 'nobody'} as the primary: see harmonyctl status")
     return None if c.status in WRITABLE_STATES and not c.adopting else f"{me}: {m.status}, {m.why}"

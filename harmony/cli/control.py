@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from harmony.config import Config, load
+from harmony.decoding import Unreadable
 from harmony.errors import EXIT_CONFIG, ConfigError, SequenceMismatch, StoreError, StoreUnavailable
 from harmony.records import (
     CLUSTER_STATE,
@@ -80,7 +81,7 @@ async def _read(store: Store) -> tuple[ClusterState, Control, int]:
     try:
         cluster = decode_cluster(entry.value)
         control = decode_control(asked.value) if asked is not None else Control(attempt="")
-    except msgspec.DecodeError as e:
+    except Unreadable as e:
         raise Impossible(f"cluster_state or control is not a record of this version of Harmony: {e}") from e
     return cluster, control, asked.revision if asked is not None else 0
 

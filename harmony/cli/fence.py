@@ -16,6 +16,7 @@ from harmony.cli.status import ask
 from harmony.cli.where import find_run_dir, who
 from harmony.core.observe import unfit_by
 from harmony.core.states import WRITABLE_STATES
+from harmony.decoding import decoded
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
 
@@ -35,7 +36,7 @@ class _Known(msgspec.Struct):
 def _wait_s(folder: Path) -> float:
     """How long a fence may take: a clean shutdown while the lease lasts, the fencer's budget, some patience."""
     try:
-        known = msgspec.json.decode((folder / "fencer.json").read_bytes(), type=_Known)
+        known = decoded(msgspec.json.Decoder(_Known), (folder / "fencer.json").read_bytes())
     except (OSError, ValueError):
         known = _Known()
     return known.lease_s + known.fence_timeout_s + PATIENCE_S

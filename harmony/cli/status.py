@@ -16,6 +16,7 @@ from harmony.admin import MAX_LINE_BYTES, NodeView, StatusReply
 from harmony.agent.settings import ALARM
 from harmony.cli.where import find_run_dir
 from harmony.core.states import WRITABLE_STATES
+from harmony.decoding import decoded
 from harmony.errors import FencerUnavailable
 from harmony.fencer_client import call, protocol
 
@@ -24,7 +25,7 @@ HEALTHY, DEGRADED, NO_PRIMARY, CANNOT_TELL = 0, 1, 2, 3
 
 def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
     """The agent's answer, within `timeout_s` in all. Raises OSError or ValueError (a wrong answer)."""
-    return msgspec.json.decode(request(path, b'{"op":"status"}', timeout_s), type=StatusReply)
+    return decoded(msgspec.json.Decoder(StatusReply), request(path, b'{"op":"status"}', timeout_s))
 
 
 def request(path: Path, line: bytes, timeout_s: float = 3.0) -> bytes:

@@ -14,6 +14,7 @@ import msgspec
 from harmony.admin import AcceptRequest, StatusReply
 from harmony.cli.status import CANNOT_TELL, ask, request
 from harmony.cli.where import find_run_dir, who
+from harmony.decoding import decoded
 
 TRUSTED, DISTRUSTED = 0, 1
 RISKS = """What accepting risks:
@@ -122,7 +123,7 @@ def accept(found: bool, yes: bool, run_dir: str | None, config_file: str | None)
     path = folder / "agent" / "agent.sock"
     try:
         raw = request(path, msgspec.json.encode(AcceptRequest(found, who()[:500])))
-        reply = msgspec.json.decode(raw, type=_Reply)
+        reply = decoded(msgspec.json.Decoder(_Reply), raw)
     except (OSError, ValueError) as e:
         click.echo(
             f"whether it was accepted is not known ({path}: {e}); see `harmonyctl store show`", err=True

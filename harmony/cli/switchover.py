@@ -20,6 +20,7 @@ from harmony.cli.where import who
 from harmony.config import Config
 from harmony.core.observe import behind_by, best_of, unfit_by
 from harmony.core.timing import Timing
+from harmony.decoding import Unreadable
 from harmony.errors import StoreUnavailable
 from harmony.records import (
     CLUSTER_STATE,
@@ -83,7 +84,7 @@ async def look(store: Store, config: Config) -> Picture:
             n: decode_member(e.value) for n, e in found.items() if e is not None and e.created_ns >= alive_ns
         }
         cluster = decode_cluster(entry.value)
-    except msgspec.DecodeError as e:
+    except Unreadable as e:
         raise Impossible(f"a record is not one of this version of Harmony: {e}") from e
     lag = config.replication.maximum_lag_bytes
     return Picture(cluster, members, lag)
@@ -116,7 +117,7 @@ async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> s
         if entry is not None:
             try:
                 c = decode_cluster(entry.value)
-            except msgspec.DecodeError as e:
+            except Unreadable as e:
                 raise Impossible(f"cluster_state cannot be read any more ({e}): see harmonyctl status") from e
             ended = outcome(c, term, to, request)
             if ended is not None and ended[0]:

@@ -29,6 +29,7 @@ import tomli_w
 from harmony.admin import MAX_LINE_BYTES, StatusReply
 from harmony.config import load
 from harmony.core.timing import PRESETS
+from harmony.decoding import Unreadable, decoded
 from harmony.demo import procs
 from harmony.demo.databases import HOST, Node, give_back_memory, make_databases
 from harmony.demo.parts import Parts, SetupError, environment, find_parts
@@ -98,8 +99,8 @@ def ask_status(path: Path, timeout_s: float = 0.5) -> StatusReply | None:
                 if not received:
                     break
                 answer += received
-        return _reply.decode(answer)
-    except (OSError, msgspec.DecodeError):
+        return decoded(_reply, answer)
+    except (OSError, Unreadable):
         return None
 
 

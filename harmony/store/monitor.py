@@ -34,7 +34,10 @@ def ask(url: str, timeout_s: float = ASK_S) -> str:
         connection.close()
     if answer.status != 200:
         raise ValueError(f"/jsz answers with {answer.status}")
-    return judge(url, json.loads(text))
+    try:
+        return judge(url, json.loads(text))
+    except RecursionError as e:
+        raise ValueError("/jsz answers with JSON nested too deeply") from e
 
 
 def judge(url: str, jsz: object) -> str:

@@ -423,26 +423,30 @@ def _version(client: Client) -> tuple[int, int] | None:
 def _checked(raw: bytes) -> type_json:
     try:
         answer = json.loads(raw)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}") from e
     if not isinstance(answer, dict):
         raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}")
     error = answer.get("error")
     if isinstance(error, dict):
-        raise _ApiError(
-            int(str(error.get("err_code", error.get("code", 0)))), str(error.get("description", ""))
-        )
+        code = error.get("err_code", error.get("code"))
+        raise _ApiError(code if isinstance(code, int) else 0, str(error.get("description", "")))
     return answer
 
 
 def _entry(key: str, message: object) -> Entry | None:
     if not isinstance(message, dict):
         raise StoreUnavailable("JetStream answered without a message")
-    headers = base64.b64decode(str(message.get("hdrs", "")))
-    if b"KV-Operation:" in headers:
-        return None
-    value = base64.b64decode(str(message.get("data", "")))
-    return Entry(key, value, int(str(message["seq"])), time_ns(str(message["time"])))
+    try:
+        headers = base64.b64decode(str(message.get("hdrs", "")))
+        if b"KV-Operation:" in headers:
+            return None
+        value = base64.b64decode(str(message.get("data", "")))
+        return Entry(key, value, int(str(message["seq"])), time_ns(str(message["time"])))
+    except (KeyError, ValueError, OverflowError) as e:
+        raise StoreUnavailable(
+            f"JetStream answered with no message of a bucket: {str(message)[:200]!r}"
+        ) from e
 
 
 @contextlib.asynccontextmanager

@@ -163,16 +163,17 @@ async def test_problems_come_and_go(config: Config, tmp_path: Path) -> None:
 
 
 async def test_what_operators_ask_for_is_seen(config: Config, tmp_path: Path) -> None:
-    """By the watch at once; one of another version is reported, and keeps nobody from deciding."""
+    """By the watch at once; one that is unreadable is reported, and keeps nobody from deciding."""
     async with running(config, tmp_path, MemoryServer()) as r:
         changed = msgspec.structs.replace(LEADS, changes=((2, 1), (3, 2)))
         await r.put(CLUSTER_STATE, encode(changed))
         await r.until(lambda: r.shell.status().myself.changes == 2)
         await r.put(CONTROL, encode(Control(attempt="x", acknowledged=2)))
         await r.until(lambda: r.shell.status().myself.changes == 1)
-        await r.put(CONTROL, b'{"from":"the future"}')
-        before = r.shell._view.refreshed_ns
-        await r.until(lambda: r.shell._view.refreshed_ns > before)
+        for unreadable in (b'{"from":"the future"}', b'{"attempt":"\xff"}', b"\xff", b""):
+            await r.put(CONTROL, unreadable)
+            before = r.shell._view.refreshed_ns
+            await r.until(lambda before=before: r.shell._view.refreshed_ns > before)
         assert r.shell.status().myself.changes == 1
 
 

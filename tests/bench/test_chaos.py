@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from itertools import islice
@@ -51,8 +50,9 @@ def _no_failover_is_stopped(acting: Chaos) -> None:
 
 
 def _changes(peer: Harmony) -> int:
-    said: int = json.loads(peer.control(DATABASES[0], "status", "--json"))["myself"]["changes"]
-    return said
+    said = peer.status(DATABASES[0])["myself"]
+    assert isinstance(said, dict)
+    return int(said["changes"])
 
 
 def _what_is_broken_is_seen(acting: Chaos) -> None:

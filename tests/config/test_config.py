@@ -154,7 +154,7 @@ def test_the_inequality(tmp_path: Path) -> None:
         assert number in found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.floats(0.1, 5),
     st.floats(0.1, 5),

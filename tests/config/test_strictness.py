@@ -107,7 +107,7 @@ def test_bin_dir_of_the_right_major_version(tmp_path: Path) -> None:
 SECONDS = st.floats(0.1, 30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["fast", "standard", "wan"]), SECONDS, SECONDS, st.integers(1, 9), SECONDS)
 def test_whatever_is_loaded_keeps_the_inequality(
     tmp_path_factory: pytest.TempPathFactory, preset: str, timeout: float, fence: float, n: int, over: float

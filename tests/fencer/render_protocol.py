@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import cleandoc
 from typing import get_args
 
 import msgspec
@@ -194,7 +195,7 @@ def _default(f: inspect.Field) -> str:
 def _struct(cls: type, *, reply: bool = False) -> list[str]:
     info = inspect.type_info(cls)
     assert isinstance(info, inspect.StructType)
-    lines = [f"### {cls.__name__}", "", (cls.__doc__ or "").strip(), ""]
+    lines = [f"### {cls.__name__}", "", cleandoc(cls.__doc__ or ""), ""]  # Python 3.13 has done it already
     lines += ["| field | | type and range | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     if info.tag_field is not None:
         lines.append(

@@ -83,6 +83,9 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
             return trace
 
         try:
+            sys._getframe().f_trace_opcodes = (
+                True  # Python 3.12 tells of opcodes only if asked before settrace
+            )
             sys.settrace(trace)
             work()
             sys.settrace(None)

@@ -857,7 +857,6 @@ Machine.TestCase.settings = settings(
     derandomize=not EXAMPLES and sampling.turn() is None,
     print_blob=True,
     database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestAnyInterleaving = pytest.mark.computes(Machine.TestCase)

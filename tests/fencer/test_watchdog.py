@@ -86,7 +86,7 @@ def test_the_request_numbers_are_the_kernels() -> None:
 
 
 def test_a_missing_device(tmp_path: Path) -> None:
-    assert "No such file or directory; load its driver" in refused(tmp_path / "watchdog")
+    assert f"{os.strerror(errno.ENOENT)}; load its driver" in refused(tmp_path / "watchdog")
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/proc/self/oom_score_adj"])
