@@ -189,3 +189,20 @@ async def test_a_disk_that_fails_is_reported_and_tried_again(tmp_path: Path) -> 
         await until(lambda: not kept.failure)
         assert memory.load(tmp_path / "missing", "c") == Remembered(NEW)
         nursery.cancel_scope.cancel()
+
+
+def test_the_real_disk_is_asked() -> None:
+    """A descriptor or folder that is none is an error: it is not only said to be durable."""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        REAL.fsync(10**6)
+    with pytest.raises(FileNotFoundError):
+        REAL.sync_folder(Path("/nowhere/at/all"))
+
+
+async def test_a_disk_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    """O5: nobody waits for it, and the status says so."""
+    kept = Memory(tmp_path, "c")
+    kept._since = trio.current_time() - memory.SLOW_S - 0.1
+    assert "has not answered for 5 s" in kept.failure
+    kept._since = trio.current_time()
+    assert kept.failure == ""
