@@ -25,7 +25,6 @@ RULES: list[Rule] = [
     ("store: made once", NATS, "        self._may_create = False\n", "", CONTRACT),
     ("store: may_create reaches the client", "harmony/store/__init__.py", "may_create=may_create\n", "may_create=True\n", CONTRACT),
     ("store: the monitoring ports reach it", NATS, "Monitors(monitor_urls, CHECK_FACTS_S)", "Monitors((), CHECK_FACTS_S)", CONTRACT),
-    ("store: nothing is sent after it was given up", NATS, "                allow_reconnect=False,\n", "                allow_reconnect=True,\n", CONTRACT),
     ("store: a call's deadline", NATS, "        with trio.move_on_after(timeout_s) as scope:\n", "        with trio.move_on_after(60) as scope:\n", f"{CONTRACT} -k frozen"),
     ("store: each key of its own cluster", NATS, 'self._bucket = f"harmony_{cluster_id}"', 'self._bucket = "harmony_all"', CONTRACT),
     ("store: the store's own time", NATS, 'return int(seconds) * 1_000_000_000 + int((found.group(2) or "").ljust(9, "0"))', "return int(seconds) * 1_000_000_000", f"{CONTRACT} {ANSWERS}"),

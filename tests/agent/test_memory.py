@@ -124,7 +124,8 @@ def test_what_is_no_plain_file_is_damage(tmp_path: Path, what: str) -> None:
     elif what == "fifo":
         os.mkfifo(path)
     else:
-        path.symlink_to("/etc/passwd")
+        (tmp_path / "elsewhere").write_bytes(memory.encode(Stored("c", NEW)))  # whole, and not ours
+        path.symlink_to(tmp_path / "elsewhere")
     assert memory.load(tmp_path, "c").damage
 
 

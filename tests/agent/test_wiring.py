@@ -29,6 +29,8 @@ from harmony.records import CLUSTER_STATE, encode
 from harmony.store import open_store
 from tests.cli.test_commands import CLUSTER
 from tests.store.conftest import NATS, Server
+from tests.store.fakenats import NONCE, FakeNats
+from tests.store.test_answers import CREDENTIALS, seed
 
 LEADS = msgspec.structs.replace(CLUSTER, cluster_id="c7", primary="n1", last_primary="n1")
 ALL = """
@@ -226,6 +228,22 @@ async def test_a_bucket_that_was_seen_and_is_lost_is_not_made_again(folder: Path
             while store.facts is None:
                 await trio.sleep(0.02)
         assert "is gone" in store.facts.problem
+
+
+async def test_the_credentials_reach_the_server(folder: Path) -> None:
+    """store.credentials_file: a server that demands them would turn the agent away for ever."""
+    file = folder / "user.creds"
+    file.write_text(CREDENTIALS.format(seed=seed()))
+    server = FakeNats(nonce=NONCE)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve)
+        config = configured(folder, server.url, replicas=f'replicas = 3\ncredentials_file = "{file}"')
+        async with agent(config):
+            with trio.fail_after(30):
+                while not server.connects:
+                    await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+    assert server.connects[0].get("jwt") == "a-jwt-of-the-test"
 
 
 class Startup:
