@@ -40,7 +40,7 @@ RULES: list[Rule] = [
     ("bucket: the oldest version", "harmony/store/bucket.py", "MINIMUM_VERSION = (2, 11)", "MINIMUM_VERSION = (2, 10)", "tests/store/test_bucket.py"),
     ("monitor: always", "harmony/store/monitor.py", 'if config.get("sync_always") is True:', "if True:", MONITOR),
     ("monitor: an error is no answer", "harmony/store/monitor.py", "    if answer.status != 200:\n", "    if False:\n", MONITOR),
-    ("monitor: a deadline", "harmony/store/monitor.py", "timeout=timeout_s)", "timeout=30)", MONITOR),
+    ("monitor: a deadline", "harmony/store/monitor.py", "timeout=timeout_s)", "timeout=3600)", MONITOR),
     ("monitor: a bound", "harmony/store/monitor.py", "answer.read(MOST_BYTES)", "answer.read()", MONITOR),
     ("monitor: TLS where it is asked for", "harmony/store/monitor.py", 'if parts.scheme == "https" else', "if False else", MONITOR),
     ("monitor: asked again", "harmony/store/monitor.py", "            await trio.sleep(self._every_s)\n", "            await trio.sleep_forever()\n", MONITOR),
