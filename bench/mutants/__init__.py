@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from bench.mutants import agent, core, fencer, store, supervisor
+from bench.mutants import agent, core, fencer, shells, store, supervisor
 from bench.mutants.rule import Rule
 
 AREAS: dict[str, list[Rule]] = {
     "core": core.RULES,
     "fencer": fencer.RULES,
+    "shells": shells.RULES,
     "agent": agent.RULES,
     "store": store.RULES,
     "supervisor": supervisor.RULES,
