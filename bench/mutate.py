@@ -30,6 +30,7 @@ from harmony.core.table import TABLE
 
 TOP = Path(__file__).parents[1]
 NOBODY = "NOBODY"
+LONGEST_S = 3600.0
 ALONE = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up; exec "$@"', "alone")
 NOT_COPIED = (".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
 
@@ -58,7 +59,12 @@ def noticed_by(
     binaries = Path(sys.executable).parent
     env = os.environ | {"SEEDS": "160", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"} | variables
     argv = [*prefix, str(python), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(argv, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            argv, cwd=tree, env=env, capture_output=True, text=True, check=False, timeout=LONGEST_S
+        )
+    except subprocess.TimeoutExpired:  # a test that only hangs has noticed nothing
+        return NOBODY
     lines = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
     if done.returncode == 1 and lines:
         return lines[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -74,8 +75,15 @@ def test_what_clients_provoke_is_one_line_a_second(read: Read) -> None:
 def test_a_full_stderr_costs_lines_and_nobody_waits(read: Read) -> None:
     """What was lost is counted, and said when there is room again."""
     read.log.configure(console=False)
-    for n in range(3 * logs.MAX_QUEUED):
-        read.log.info("line", n=n, padding="x" * 500)
+
+    def fill() -> None:
+        for n in range(3 * logs.MAX_QUEUED):
+            read.log.info("line", n=n, padding="x" * 500)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
     assert 0 < read.log._dropped <= 3 * logs.MAX_QUEUED
     assert read.log._queue.qsize() <= logs.MAX_QUEUED
     lost = read.log._dropped

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,8 +218,15 @@ def test_a_systemd_that_is_not_there_or_full_changes_nothing(
     with listening(str(folder / "n.sock")):
         monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "n.sock"))
         full = Notifier()
-        for _ in range(2000):  # never waits: its queue is full long before
-            full.send("STATUS=" + "x" * 3000)
+
+        def fill() -> None:
+            for _ in range(2000):  # never waits: its queue is full long before
+                full.send("STATUS=" + "x" * 3000)
+
+        thread = threading.Thread(target=fill, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
