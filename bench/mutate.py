@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import shlex
 import shutil
 import subprocess
@@ -86,30 +87,58 @@ def without_each_row() -> Iterator[tuple[str, str]]:
         yield name, noticed
 
 
-def without(rule: Rule, prefix: Sequence[str], *, confirm: bool) -> tuple[str, str]:
-    """The rule's name, and who notices that it is broken."""
-    what, file, was, now, tests = rule
-    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
-        tree = Path(name) / "tree"
-        shutil.copytree(TOP, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
-        Path(name).chmod(0o755)
-        python = environment(Path(name) / "venv", tree)
-        broken(tree, file, was, now)
-        noticed = noticed_by(python, tree, shlex.split(tests), prefix)
+class Workshop:
+    """A copy of the tree, in which one rule after the other is broken and mended again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = folder / "tree"
+        shutil.copytree(TOP, self.tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        folder.chmod(0o755)
+        self.python = environment(folder / "venv", self.tree)
+
+    def without(self, rule: Rule, prefix: Sequence[str], *, confirm: bool) -> tuple[str, str]:
+        """The rule's name, and who notices that it is broken."""
+        what, file, was, now, tests = rule
+        broken(self.tree, file, was, now)
+        self._forget(file)
+        try:
+            noticed = noticed_by(self.python, self.tree, shlex.split(tests), prefix)
+        finally:
+            shutil.copy(TOP / file, self.tree / file)
+            self._forget(file)
         if confirm and noticed != NOBODY:
-            shutil.copy(TOP / file, tree / file)
             # A parameter with a space in it is cut off in pytest's line: then all of them.
             test = noticed if noticed.endswith("]") or "[" not in noticed else noticed.partition("[")[0]
-            if noticed_by(python, tree, [test], prefix) != NOBODY:
+            if noticed_by(self.python, self.tree, [test], prefix) != NOBODY:
                 return what, NOBODY
-    return what, noticed
+        return what, noticed
+
+    def _forget(self, file: str) -> None:
+        """What was compiled of it: a change within a second, of the same length, would not be seen."""
+        path = self.tree / file
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+            compiled.unlink()
 
 
 def without_each_rule(rules: Sequence[Rule], jobs: int, *, confirm: bool) -> Iterator[tuple[str, str]]:
     """In their order. More than one at a time: in networks of their own, as tests share ports."""
     prefix = ALONE if jobs > 1 else ()
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda rule: without(rule, prefix, confirm=confirm), rules)
+    free: queue.Queue[Workshop] = queue.Queue()
+
+    def one(rule: Rule) -> tuple[str, str]:
+        workshop = free.get()
+        try:
+            return workshop.without(rule, prefix, confirm=confirm)
+        finally:
+            free.put(workshop)
+
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name, ThreadPoolExecutor(jobs) as pool:
+        Path(name).chmod(0o755)
+        for number in range(min(jobs, len(rules))):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            free.put(Workshop(folder))
+        yield from pool.map(one, rules)
 
 
 def main() -> None:

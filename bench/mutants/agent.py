@@ -5,7 +5,8 @@ from __future__ import annotations
 from bench.mutants.rule import Rule
 
 AGENT = "harmony/agent"
-WIRING, SHELL, LINK = (f"tests/agent/test_{name}.py" for name in ("wiring", "shell*", "link"))
+WIRING, LINK = "tests/agent/test_wiring.py", "tests/agent/test_link.py"
+SHELL = "tests/agent/test_shell_errors.py tests/agent/test_shell.py"
 
 RULES: list[Rule] = [
     ("rejoin: the probe tells the checkpoint", "harmony/agent/probe.py", "early=bool(early),", "",

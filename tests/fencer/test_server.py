@@ -96,7 +96,7 @@ async def reply(stream: trio.SocketStream) -> protocol.Reply:
             data += chunk
         return data
 
-    with trio.fail_after(60):
+    with trio.fail_after(30):
         header = await exactly(protocol.HEADER.size)
         return protocol.decode_reply(await exactly(protocol.frame_length(header)))
 
@@ -194,7 +194,7 @@ async def test_so_many_are_told_why_and_the_rest_is_closed(served: Served) -> No
             await connected(served, AGENT)
             for _ in range(server.CONNECTIONS["agent"] + server.REFUSED_AT_ONCE + 1)
         ]
-        with trio.fail_after(60):
+        with trio.fail_after(30):
             assert await there[-1].receive_some(1) == b"", "closed without a word"
         for stream in there:
             await stream.aclose()
@@ -269,6 +269,6 @@ async def test_after_a_bad_frame_the_connection_ends_after_a_bad_message_it_goes
         refused = await reply(stream)
         assert isinstance(refused, protocol.Refusal)
         assert refused.error == "bad_frame"
-        with trio.fail_after(60):
+        with trio.fail_after(30):
             assert await stream.receive_some(1) == b""
         await stream.aclose()
