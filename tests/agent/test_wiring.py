@@ -96,7 +96,10 @@ def folder() -> Iterator[Path]:
 def configured(folder: Path, url: str = "nats://127.0.0.1:1", monitor: str = "", **changes: str) -> Config:
     text = ALL.format(folder=folder, url=url, monitor=monitor)
     for was, now in changes.items():
-        text = "\n".join(now if line.startswith(f"{was} = ") else line for line in text.splitlines())
+        text = "\n".join(
+            now if line.startswith((f"{was} = ", was if was[:1] == "[" else f"{was} = ")) else line
+            for line in text.splitlines()
+        )
     (folder / "harmony.toml").write_text(text)
     return load(folder / "harmony.toml", {})
 
@@ -138,10 +141,14 @@ def test_who_is_not_preferred_and_waits_for_nobody(folder: Path) -> None:
     assert wanted(c).synchronous is False
 
 
+PERMANENT = {"[replication.permanent_slots.extra]": ""}
+
+
 def test_the_slots_that_are_wanted(folder: Path) -> None:
     w = wanted(configured(folder))
     assert (w.node, w.members, w.slots, w.synchronous) == ("n2", ("n1", "n2", "n3"), True, True)
     assert list(w.permanent) == ["extra"]
+    assert wanted(configured(folder, slots="slots = false", type="", **PERMANENT)).slots is False
 
 
 def test_a_symptom_lasts_longer_than_a_failover_takes(folder: Path) -> None:

@@ -61,6 +61,7 @@ def test_one_holds_the_lock_and_says_who(config: FencerConfig) -> None:
 
 def test_the_successor_shows_itself_and_waits_for_the_lease(config: FencerConfig) -> None:
     """While the lease lasts its holder is waited for, however little patience there is."""
+    config = msgspec.structs.replace(config, lease_s=60.0)
     held = main.lock(config, 0)
     assert held is not None
     leases.save(run(config) / leases.NAME, leases.Lease(G(1, 1), boot_ns() + config.lease_ns, boot_id()))
@@ -71,6 +72,8 @@ def test_the_successor_shows_itself_and_waits_for_the_lease(config: FencerConfig
     thread.start()
     while not main._successor_waits(config):
         assert thread.is_alive(), "it has not waited"
+    thread.join(0.5)
+    assert thread.is_alive(), "its patience begins when the lease is over"
     os.close(held)
     thread.join(60)
     assert got
