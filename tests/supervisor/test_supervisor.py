@@ -141,7 +141,8 @@ async def test_a_dead_or_hung_child_is_replaced(tmp_path: Path, name: str, numbe
 async def test_configuration_errors_end_everything(tmp_path: Path) -> None:
     """78 is not restarted."""
     run = Run(tmp_path, agent="config")
-    assert await run.supervisor.run() == 78
+    with trio.fail_after(30):
+        assert await run.supervisor.run() == 78
     assert len([n for n in run.notes("agent") if n[0] == "start"]) == 1
     assert ("term") in {n[0] for n in run.notes("fencer")}
 
