@@ -47,7 +47,7 @@ RULES: list[Rule] = [
     ("one-shot: latched for an operator", f"{FENCER}/main.py", "            states.set_latch(Path(config.state_dir), Latch(reason[:500], who[:500], _utc_now()))\n", "            pass\n", f"{SHELL} -k one_shot"),
     ("one-shot: and for nobody else", f"{FENCER}/main.py", "code = emergency(config, options.once, options.latch)", 'code = emergency(config, options.once, options.latch or "supervisor")', f"{SHELL} -k one_shot"),
     ("one-shot: ends the lease", f"{FENCER}/main.py", "            leases.clear(Path(config.run_dir) / leases.NAME)\n", "            pass\n", f"{SHELL} -k one_shot"),
-    ("one-shot: proven, or not 0", f"{FENCER}/main.py", "return 0 if outcome.proven else 1", "return 0", "tests/fencer/test_hostile.py -k one_shot"),
+    ("one-shot: proven, or not 0", f"{FENCER}/main.py", "return 0 if outcome.proven else 1", "return 0", f"{SHELL} -k proof"),
     ("unguarded: beside a fencer nothing is fenced", f"{FENCER}/main.py", "    if lock(config, 0) is None:\n        sys.stdout", "    if False:\n        sys.stdout", f"{SHELL} -k unguarded"),
     ("unguarded: what is down is marked", f"{FENCER}/main.py", "            await postgres.mark_standby()\n", "            pass\n", f"{SHELL} -k unguarded"),
     ("log: a bound for lines that wait", f"{FENCER}/log.py", "queue.Queue(MAX_QUEUED)", "queue.Queue()", LOG),

@@ -23,6 +23,7 @@ from harmony_fencer import main
 from harmony_fencer import state as states
 from harmony_fencer.clock import boot_id, boot_ns
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.engine import Outcome
 from harmony_fencer.protocol import Generation
 from harmony_fencer.state import State, Witness
 from tests.fencer.fakes import configuration
@@ -256,6 +257,14 @@ def test_the_one_shot_latches_only_for_an_operator(config: FencerConfig, latch: 
         assert (found.reason, found.who) == ("because", "me")
     assert not (run(config) / leases.NAME).exists(), "a lease that is over for all"
     assert (Path(config.data_dir) / "standby.signal").exists()
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_only_a_proof_is_0(proven: bool, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """The supervisor believes the exit code, and so does systemd's ExecStopPost."""
+    assert main._report("because", Outcome(proven, "what was found", (), 0.0)) == (0 if proven else 1)
+    sys.stdout.flush()
+    assert json.loads(capfdbinary.readouterr().out)["proven"] is proven
 
 
 @pytest.mark.real
