@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -219,6 +219,15 @@ async def run(config: Config, supervisor_fd: int | None) -> None:
         nursery.start_soon(decide)
 
 
+def _each(e: BaseException) -> Iterator[BaseException]:
+    """The errors themselves: nurseries nest their groups."""
+    if isinstance(e, BaseExceptionGroup):
+        for inner in e.exceptions:
+            yield from _each(inner)
+    else:
+        yield e
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 asked to stop, 78 do not restart as configured, else restart."""
     parser = argparse.ArgumentParser(prog="harmony-agent", description=__doc__)
@@ -234,7 +243,7 @@ def main() -> None:
     try:
         trio.run(run, config, options.supervisor_fd, strict_exception_groups=True)
     except* FatalError as group:
-        for fatal in group.exceptions:
+        for fatal in _each(group):
             log.critical("cannot go on; a restart will not help", why=str(fatal))
         os._exit(EXIT_CONFIG)
     os._exit(0)  # a probe's thread may hang in a frozen PostgreSQL: do not wait for it

@@ -26,8 +26,8 @@ def ask(url: str, timeout_s: float = ASK_S) -> str:
     connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
     try:
         connection.request("GET", "/jsz?config=1")
-        answer = connection.getresponse()
-        text = answer.read(MOST_BYTES)
+        with connection.getresponse() as answer:  # it holds the socket where not all of it is read
+            text = answer.read(MOST_BYTES)
     except http.client.HTTPException as e:
         raise ValueError(f"no HTTP of a monitoring port: {type(e).__name__} {e}") from e
     finally:

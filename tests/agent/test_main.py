@@ -57,6 +57,7 @@ async def test_the_first_signal_retires_and_the_second_ends() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await trio.sleep(2)
         raise AssertionError("it goes on")
+    assert posted, "the first one ended it"
 
 
 async def test_it_never_waits_longer_than_its_bound(autojump_clock: trio.testing.MockClock) -> None:

@@ -124,7 +124,8 @@ def test_what_is_no_plain_file_is_damage(tmp_path: Path, what: str) -> None:
     elif what == "fifo":
         os.mkfifo(path)
     else:
-        path.symlink_to("/etc/passwd")
+        (tmp_path / "elsewhere").write_bytes(memory.encode(Stored("c", NEW)))  # whole, and not ours
+        path.symlink_to(tmp_path / "elsewhere")
     assert memory.load(tmp_path, "c").damage
 
 
@@ -189,3 +190,20 @@ async def test_a_disk_that_fails_is_reported_and_tried_again(tmp_path: Path) -> 
         await until(lambda: not kept.failure)
         assert memory.load(tmp_path / "missing", "c") == Remembered(NEW)
         nursery.cancel_scope.cancel()
+
+
+def test_the_real_disk_is_asked() -> None:
+    """A descriptor or folder that is none is an error: it is not only said to be durable."""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        REAL.fsync(10**6)
+    with pytest.raises(FileNotFoundError):
+        REAL.sync_folder(Path("/nowhere/at/all"))
+
+
+async def test_a_disk_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    """O5: nobody waits for it, and the status says so."""
+    kept = Memory(tmp_path, "c")
+    kept._since = trio.current_time() - memory.SLOW_S - 0.1
+    assert "has not answered for 5 s" in kept.failure
+    kept._since = trio.current_time()
+    assert kept.failure == ""

@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from harmony.admin import AcceptReply, ErrorReply, StatusReply
-from harmony.agent.serve import answer, bind, serve
+from harmony.agent.serve import CONNECTIONS, LONGEST_QUERY_BYTES, TIMEOUT_S, answer, bind, serve
 from harmony.cli.status import request
 from harmony.errors import FatalError
 from tests.cli.test_commands import R
@@ -109,3 +110,33 @@ def test_what_is_no_socket_is_left_alone(folder: Path) -> None:
     (folder / "agent.sock").write_text("somebody's")
     with pytest.raises(FatalError, match="is not a socket"):
         bind(folder / "agent.sock")
+
+
+async def test_silence_and_floods_are_bounded(folder: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """O5: as many as may be at once say nothing, and are closed; who says too much is answered at its bound."""
+    path = str(folder / "agent.sock")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, bind(Path(path)), Agent())
+        silent = [await trio.open_unix_socket(path) for _ in range(CONNECTIONS)]
+        await trio.testing.wait_all_tasks_blocked()
+        asking = await trio.open_unix_socket(path)
+        await asking.send_all(b'{"op":"status"}\n')
+        with trio.move_on_after(TIMEOUT_S / 2) as waits:
+            await asking.receive_some(100)
+        assert waits.cancelled_caught, "no more than so many at once"
+        with trio.fail_after(2 * TIMEOUT_S):
+            assert (await asking.receive_some(100)).startswith(b"{")
+        for stream in silent:
+            assert await stream.receive_some(100) == b""
+            await stream.aclose()
+        loud = await trio.open_unix_socket(path)
+        await loud.send_all(b"x" * LONGEST_QUERY_BYTES)
+        assert b"bad request" in await loud.receive_some(1000)
+        await loud.aclose()
+        await asking.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_everybody_may_connect(folder: Path) -> None:
+    async with bind(folder / "agent.sock"):
+        assert (folder / "agent.sock").stat().st_mode & 0o777 == 0o666

@@ -16,6 +16,9 @@ def test_what_is_made_is_what_is_wanted() -> None:
     assert (
         bucket.problems({"storage": "file", "retention": "limits"}, 1) == []
     )  # the server leaves defaults out
+    # What the check forgives in a bucket that is there is not what is made: nobody deletes or purges by mistake.
+    assert (MADE["deny_delete"], MADE["deny_purge"], MADE["allow_rollup_hdrs"]) == (True, True, False)
+    assert MADE["discard"] == "new"
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ async def test_a_dead_or_hung_child_is_replaced(tmp_path: Path, name: str, numbe
 async def test_configuration_errors_end_everything(tmp_path: Path) -> None:
     """78 is not restarted."""
     run = Run(tmp_path, agent="config")
-    assert await run.supervisor.run() == 78
+    with trio.fail_after(30):
+        assert await run.supervisor.run() == 78
     assert len([n for n in run.notes("agent") if n[0] == "start"]) == 1
     assert ("term") in {n[0] for n in run.notes("fencer")}
 
@@ -331,7 +332,7 @@ def test_a_killed_supervisor_takes_the_agent_with_it_and_not_the_fencer(tmp_path
     code = (
         "import sys, trio; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from tests.supervisor.test_supervisor import Run\n"
-        "trio.run(Run(Path(sys.argv[2]), fencer='stays').supervisor.run)\n"
+        "trio.run(Run(Path(sys.argv[2]), fencer='stays', agent='stays').supervisor.run)\n"
     )
     top = str(Path(__file__).parents[2])
     process = subprocess.Popen(
