@@ -9,7 +9,7 @@ import pytest
 
 from bench.ha import report
 from bench.ha.scenarios import SCENARIOS
-from bench.mutate import RULES
+from bench.mutants import RULES
 from harmony.core.render import markdown
 from harmony.core.table import TABLE
 from tests.fencer import render_protocol
@@ -78,6 +78,6 @@ def test_each_broken_rule_has_its_line() -> None:
 
 
 def test_each_broken_rule_is_where_it_was() -> None:
-    """bench/mutate.py breaks what stands there: each text once."""
+    """bench/mutants breaks what stands there: each text once."""
     for rule, file, was, _, _ in RULES:
         assert (DOCS.parent / file).read_text().count(was) == 1, rule

@@ -1,0 +1,14 @@
+"""The rules that bench/mutate.py breaks, by area: one module for each part of the tree."""
+
+from __future__ import annotations
+
+from bench.mutants import agent, core, fencer, store
+from bench.mutants.rule import Rule
+
+AREAS: dict[str, list[Rule]] = {
+    "core": core.RULES,
+    "fencer": fencer.RULES,
+    "agent": agent.RULES,
+    "store": store.RULES,
+}
+RULES: list[Rule] = [rule for rules in AREAS.values() for rule in rules]
