@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from harmony.admin import NodeView, SelfView, StatusReply
 from harmony.cli.main import cli
-from harmony.cli.status import health, lsn
 from harmony.core.states import State
+from harmony.verdict import judge
 from tests.core.helpers import cluster, member
 
 
@@ -31,7 +31,7 @@ def reply(**changes: object) -> StatusReply:
 
 
 def test_healthy() -> None:
-    assert health(reply()) == (0, [])
+    assert (judge(reply()).code, judge(reply()).findings) == (0, ())
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,9 @@ def test_healthy() -> None:
 )
 def test_exit_codes(changes: dict[str, object], code: int, reason: str) -> None:
     """0 healthy, 1 degraded, 2 no primary, 3 cannot tell; always with the reason."""
-    found, reasons = health(reply(**changes))
-    assert found == code
-    assert reason in " ".join(reasons)
-
-
-def test_lsn() -> None:
-    assert lsn(0x1_0000_00FF) == "1/000000FF"
+    verdict = judge(reply(**changes))
+    assert verdict.code == code
+    assert reason in " ".join(verdict.reasons)
 
 
 def test_nobody_there(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.mutants import agent, core, fencer, store
+from bench.mutants import agent, core, fencer, store, verdict
 from bench.mutants.rule import Rule
 
 AREAS: dict[str, list[Rule]] = {
@@ -10,5 +10,6 @@ AREAS: dict[str, list[Rule]] = {
     "fencer": fencer.RULES,
     "agent": agent.RULES,
     "store": store.RULES,
+    "verdict": verdict.RULES,
 }
 RULES: list[Rule] = [rule for rules in AREAS.values() for rule in rules]
