@@ -218,6 +218,7 @@ async def test_status_tells_of_now_what_the_store_does_not_take(config: Config, 
         own = said.nodes[1].member
         assert own is not None
         assert (own.status, own.row, own.why) == (said.myself.state, said.myself.row, said.myself.why)
+        assert own.attempt == "", "no record that the store took"
         assert said.myself.store_failure in judge(said).reasons[0]
         r.store.faults.lost = 0
         with trio.fail_after(30):
