@@ -42,7 +42,10 @@ class ErrorReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NodeView(msgspec.Struct, frozen=True):
-    """A configured member as this agent sees it. `age_s` is since its record last changed (local clock)."""
+    """A configured member as this agent sees it. `age_s` is since its record last changed (local clock).
+
+    `member` is its newest record; of the answering agent's own node, what that would write now.
+    """
 
     name: str
     host: str
@@ -90,6 +93,10 @@ class SelfView(msgspec.Struct, frozen=True):
     retiring: bool = False  # it was asked to stop
     successor: str | None = None  # to whom it hands leadership over now
     store: StoreView = StoreView()
+    store_failure: str = ""  # what the newest failed call of the store said; "": calls are answered
+    failure_threshold: int = 0  # so many heartbeats in a row may not fail; 0: not told, likewise below
+    beat_s: float = 0.0  # the longest between two good heartbeats: interval and timeout
+    lease_s: float = 0.0
 
 
 class StatusReply(msgspec.Struct, frozen=True):

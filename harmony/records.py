@@ -115,6 +115,33 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notes: tuple[str, ...] = ()  # what is wrong with settings and slots here, with what to do
 
 
+ALARM = "ALARM: "
+
+
+class Note(msgspec.Struct, frozen=True):
+    """What is wrong with settings or slots, with what to do. `alarm`: it endangers data.
+
+    `Member.notes` holds it as text, and here alone is it known how: records of two versions must be read by both.
+    """
+
+    text: str
+    alarm: bool = False
+
+    def written(self) -> str:
+        """As `Member.notes` holds it."""
+        return f"{ALARM}{self.text}" if self.alarm else self.text
+
+    @staticmethod
+    def read(written: str) -> Note:
+        """Of one of `Member.notes`."""
+        return Note(written.removeprefix(ALARM), written.startswith(ALARM))
+
+
+def lsn(position: int) -> str:
+    """A WAL position (bytes) as PostgreSQL prints it: `0/4137E40`."""
+    return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
+
+
 def slot_name(node: str) -> str:
     """The replication slot of a member, on every other member. The fencer has the same rule."""
     return SLOT_PREFIX + node.replace("-", "_")

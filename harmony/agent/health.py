@@ -207,7 +207,9 @@ class Diagnosis:
         if self.waited >= WAITING_LOOKS and not self.stuck:
             notes.append("sessions wait for a synchronous standby; the WAL itself gets to the disk")
         symptom, why = self._symptom(s)
-        if s.vitals is None and (s.greeting == "full" or (s.refused and not symptom)):
+        if s.vitals is None and (
+            s.greeting == "full" or (s.refused and not symptom and s.greeting != "gone")
+        ):
             notes.append(f"the probe is refused: {s.refused or 'all connections are used up'}")
         if symptom and s.disk_wait:
             why += "; some of its processes wait for a disk (state D)"

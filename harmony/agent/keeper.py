@@ -32,6 +32,7 @@ from harmony.agent.slots import (
 from harmony.core.messages import Surveyed
 from harmony.core.slots import Duty
 from harmony.errors import in_a_line
+from harmony.records import lsn
 
 DEADLINE_S = 15.0
 STATEMENT_MS = 5000
@@ -101,7 +102,7 @@ class Keeper:
                 notes.append(f"slot {action.name}: {why}")
         if actions:
             found = look(link)
-        notes = [*check(found, self._wanted, duty), *notes]
+        notes = [*(n.written() for n in check(found, self._wanted, duty)), *notes]
         by = found.settings["primary_slot_name"].value
         foreign = self._wanted.slots and by and by != self._wanted.slot
         if foreign:
@@ -129,7 +130,7 @@ class Keeper:
                     with contextlib.closing(self._connect(logical.database or "")) as own:
                         own.execute(_CREATE_LOGICAL, (name, logical.plugin, standby))
                 case Advance(name=name, to=to):
-                    link.execute(_ADVANCE, (name, f"{to >> 32:X}/{to & 0xFFFFFFFF:X}", standby))
+                    link.execute(_ADVANCE, (name, lsn(to), standby))
                     return ""  # every few seconds: not worth a line
                 case Drop(name=name):
                     link.execute(_DROP, (name, standby))

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from harmony.agent.slots import KEEP, Found, Wanted
 from harmony.core.slots import Duty
-from harmony.records import SLOT_PREFIX
+from harmony.records import SLOT_PREFIX, Note
 
-ALARM = "ALARM: "
 # A standby must not have less of these than its primary (PostgreSQL, "Hot Standby", administrator's overview).
 LIMITS = (
     "max_connections",
@@ -41,42 +40,46 @@ def limits(found: Found) -> dict[str, int]:
     return {name: int(found.settings[name].value) for name in LIMITS if name in found.settings}
 
 
-def check(found: Found, wanted: Wanted, duty: Duty | None) -> list[str]:
-    """Everything that is wrong, in words; those that begin with ALARM endanger data."""
+def check(found: Found, wanted: Wanted, duty: Duty | None) -> list[Note]:
+    """Everything that is wrong, in words; an alarm endangers data."""
     values = {name: s.value for name, s in found.settings.items()}
-    said = [*_data(values, wanted), *_room(values, found, wanted), *_standing(values, duty)]
+    said = [*_data(values, wanted)]
+    said += map(Note, (*_room(values, found, wanted), *_standing(values, duty)))
     said += [
-        f"{name} was changed and waits for a restart of PostgreSQL: until then {s.value} counts"
+        Note(f"{name} was changed and waits for a restart of PostgreSQL: until then {s.value} counts")
         for name, s in found.settings.items()
         if s.pending
     ]
     return said
 
 
-def _data(values: Mapping[str, str], wanted: Wanted) -> Iterator[str]:
+def _data(values: Mapping[str, str], wanted: Wanted) -> Iterator[Note]:
     if values.get("fsync") == "off":
-        yield (
-            f"{ALARM}fsync is off: a crash of this host may lose acknowledged commits and corrupt the database, "
-            "whatever Harmony does. Set fsync = on in postgresql.conf and reload"
+        yield Note(
+            "fsync is off: a crash of this host may lose acknowledged commits and corrupt the database, "
+            "whatever Harmony does. Set fsync = on in postgresql.conf and reload",
+            alarm=True,
         )
     if values.get("full_page_writes") == "off":
-        yield (
-            f"{ALARM}full_page_writes is off: a crash of this host may leave torn pages, and pg_rewind refuses to "
-            "help. Set full_page_writes = on and reload"
+        yield Note(
+            "full_page_writes is off: a crash of this host may leave torn pages, and pg_rewind refuses to "
+            "help. Set full_page_writes = on and reload",
+            alarm=True,
         )
     commit = values.get("synchronous_commit")
     if wanted.synchronous and commit in {"off", "local"}:
-        yield (
-            f"{ALARM}synchronous_commit is {commit}: commits do not wait for a standby, as replication.mode says "
-            'they do, and a failover may lose them. Set it to on, or replication.mode to "off"'
+        yield Note(
+            f"synchronous_commit is {commit}: commits do not wait for a standby, as replication.mode says "
+            'they do, and a failover may lose them. Set it to on, or replication.mode to "off"',
+            alarm=True,
         )
     if wanted.synchronous and commit == "remote_write":
-        yield (
+        yield Note(
             "synchronous_commit is remote_write: a commit is lost when the primary is lost and the hosts of its "
             "standbys crash with it. Set it to on where that is not wanted"
         )
     if values.get("wal_log_hints") == "off" and values.get("data_checksums") == "off":
-        yield (
+        yield Note(
             "wal_log_hints is off and there are no data checksums: an old primary is copied anew instead of rewound. "
             "Harmony sets wal_log_hints; it counts from the next restart of PostgreSQL"
         )

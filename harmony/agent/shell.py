@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+import msgspec
 import structlog
 import trio
 
@@ -28,6 +29,8 @@ from harmony.core.messages import (
     Command,
     Connected,
     ControlSeen,
+    DbSeen,
+    DbSilent,
     Event,
     Fatal,
     Log,
@@ -48,7 +51,7 @@ from harmony.core.messages import (
     Write,
     WriteDone,
 )
-from harmony.core.node import initial, step
+from harmony.core.node import initial, member_record, step
 from harmony.core.observe import stale, stopped
 from harmony.core.slots import Duty
 from harmony.core.states import WRITABLE_STATES, State
@@ -60,6 +63,7 @@ from harmony.records import (
     CLUSTER_STATE,
     CONTROL,
     MEMBER_PREFIX,
+    Member,
     decode_cluster,
     decode_control,
     decode_member,
@@ -115,6 +119,8 @@ class Shell:
         self._wake = trio.Event()
         self._epoch = 0
         self._store_told = ""
+        self._store_failing: dict[str, str] = {}  # what a write and a read last failed with; newest last
+        self._probe_told = ""
         self._fatal: str | None = None
         self._link = FencerLink(world.fencer_socket, self.post)
 
@@ -167,12 +173,24 @@ class Shell:
             started = boot_ns()
             answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)
             self.post(answer)
+            self._tell_of_probe(answer)
             self.post(await self._health.look(started, answer, self._timing.heartbeat_timeout_s))
             r = self._view.ruling
             pause_s = self._timing.heartbeat_interval_s / 2
             if r is not None and r.taken_ns and r.worst != r.told:
                 pause_s = 0.0  # commits may be waiting for the next step
             await trio.sleep(max(0.05, pause_s - (boot_ns() - started) / NS))
+
+    def _tell_of_probe(self, answer: DbSeen | DbSilent) -> None:
+        """Log why PostgreSQL cannot be asked, where it runs: it is the cause of much that is decided."""
+        runs = self._view.fencer is None or self._view.fencer.postgres_up
+        why = answer.reason if isinstance(answer, DbSilent) and runs else ""
+        if why and why != self._probe_told:
+            log.warning("PostgreSQL does not answer the probe", why=why)
+        elif self._probe_told and isinstance(answer, DbSeen):
+            log.info("PostgreSQL answers the probe again")
+        if why or isinstance(answer, DbSeen):
+            self._probe_told = why
 
     async def _nudge(self) -> None:
         why = await self._probe.nudge(self._timing.lease_s)
@@ -265,7 +283,9 @@ class Shell:
 
     # ------------------------------------------------------------ commands to the store
 
-    def _store_failed(self, e: StoreUnavailable) -> None:
+    def _store_failed(self, kind: str, e: StoreUnavailable) -> None:
+        self._store_failing.pop(kind, None)
+        self._store_failing[kind] = str(e)
         if str(e) != self._store_told:
             self._store_told = str(e)
             log.warning("store unavailable", why=str(e))
@@ -278,14 +298,16 @@ class Shell:
             else:
                 revision = await self._store.update(w.key, encode(w.record), w.revision, timeout_s=timeout_s)
         except SequenceMismatch:
+            self._store_failing.pop("write", None)
             self.post(WriteDone(w.key, w.attempt, "refused"))
         except StoreUnavailable as e:
-            self._store_failed(e)
+            self._store_failed("write", e)
             self.post(WriteDone(w.key, w.attempt, "unknown"))
         except StoreMisconfigured as e:
             self._fatal = str(e)
         else:
             self._store_told = ""
+            self._store_failing.pop("write", None)
             self.post(WriteDone(w.key, w.attempt, "acked", revision))
 
     async def _get(self, key: str, timeout_s: float) -> bool:
@@ -294,11 +316,12 @@ class Shell:
         try:
             entry = await self._store.get(key, timeout_s=timeout_s)
         except StoreUnavailable as e:
-            self._store_failed(e)
+            self._store_failed("read", e)
             return False
         except StoreMisconfigured as e:
             self._fatal = str(e)
             return False
+        self._store_failing.pop("read", None)
         if entry is not None:
             event = self._decoded(entry, by_read=True)
             if event is None:
@@ -367,6 +390,18 @@ class Shell:
         acknowledged = v.control.acknowledged if v.control is not None else 0
         return sum(term > acknowledged for term, _ in v.cluster.changes) if v.cluster is not None else 0
 
+    def _lease_left_ms(self, now_ns: int) -> int | None:
+        """Of the lease that the fencer has granted; None: none is in force."""
+        v = self._view
+        over = v.fencer is not None and not v.fencer_silent and v.fencer.active is None
+        left = 0 if over else (v.lease_until_ns - now_ns) // 1_000_000
+        return left if left > 0 else None
+
+    def _own_record(self, now_ns: int) -> Member:
+        """What this node would record of itself now: the newest record that the store took may be an old one."""
+        record = member_record(self._view, self._me, self._timing, now_ns, "")
+        return msgspec.structs.replace(record, lease_left_ms=self._lease_left_ms(now_ns))
+
     def status(self) -> StatusReply:
         """The cluster as this agent sees it now."""
         v, now = self._view, boot_ns()
@@ -378,12 +413,11 @@ class Shell:
                     name=name,
                     host=address.host,
                     port=address.port,
-                    member=v.members.get(name),
+                    member=v.members.get(name) if name != self._me.node else self._own_record(now),
                     age_s=(now - changed) / NS if changed is not None else None,
                     alive=alive(v, name, self._timing, now),
                 )
             )
-        left = v.lease_until_ns - now
         f = v.fencer
         return StatusReply(
             cluster_id=self._me.cluster_id,
@@ -399,7 +433,7 @@ class Shell:
                 why=v.why,
                 store_connected=self._store.connected,
                 failures=v.failures,
-                lease_left_ms=left // 1_000_000 if left > 0 else None,
+                lease_left_ms=self._lease_left_ms(now),
                 fencer_ok=f is not None and not v.fencer_silent,
                 fencer_detail=v.fencer_silent or (f.detail if f is not None else ""),
                 latched=f.latched if f is not None else None,
@@ -409,5 +443,9 @@ class Shell:
                 retiring=v.retiring,
                 successor=v.successor,
                 store=self._store_view(now),
+                store_failure=next(reversed(self._store_failing.values()), ""),
+                failure_threshold=self._timing.failure_threshold,
+                beat_s=self._timing.heartbeat_interval_s + self._timing.heartbeat_timeout_s,
+                lease_s=self._timing.lease_s,
             ),
         )

@@ -1,26 +1,48 @@
-"""harmonyctl status: the cluster as this node's agent sees it, and one number for scripts."""
+"""harmonyctl status: the cluster as this node's agent sees it, and one number for scripts.
+
+It shows what harmony/verdict.py has found, and judges nothing. It loads no more than that takes: on the worst day it
+has to answer at once.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from harmony.admin import MAX_LINE_BYTES, NodeView, StatusReply
-from harmony.agent.settings import ALARM
 from harmony.cli.where import find_run_dir
-from harmony.core.states import WRITABLE_STATES
 from harmony.decoding import decoded
-from harmony.errors import FencerUnavailable
-from harmony.fencer_client import call, protocol
+from harmony.records import ClusterState, lsn
+from harmony.verdict import CANNOT_TELL, Finding, Verdict, counted, judge, lag, old
 
-HEALTHY, DEGRADED, NO_PRIMARY, CANNOT_TELL = 0, 1, 2, 3
+__all__ = ["CANNOT_TELL", "ask", "lines", "request", "status", "table"]
+
+WORDS = ("healthy", "degraded", "NO PRIMARY", "cannot tell")
+COLOURS = ("green", "yellow", "red", "red")
+NO_TERMINAL = 160  # columns
+HEADINGS = (
+    "node",
+    "address",
+    "database",
+    "state [row]",
+    "timeline",
+    "LSN",
+    "lag",
+    "lease",
+    "generation",
+    "marks",
+)
+# Left out from the first on where the terminal is too narrow: each of them stands elsewhere or is for experts.
+DISPENSABLE = ("generation", "address", "marks", "timeline", "LSN")
 
 
 def ask(path: Path, timeout_s: float = 3.0) -> StatusReply:
@@ -45,158 +67,122 @@ def request(path: Path, line: bytes, timeout_s: float = 3.0) -> bytes:
     return data
 
 
-def health(s: StatusReply) -> tuple[int, list[str]]:
-    """(exit code, reasons): 0 healthy, 1 degraded, 2 no primary, 3 cannot tell. Pure."""
-    code, reasons = _leadership(s)
-    me = s.myself
-    alarms = [f"{me.node} DISTRUSTS the store: {me.distrust}"] if me.distrust else []
-    for n in s.nodes:
-        if n.name != me.node and n.alive and n.member is not None and n.member.distrust:
-            alarms.append(f"{n.name} DISTRUSTS the store: {n.member.distrust}")
-    if me.stopped:
-        alarms.append(me.stopped)
-    alarms += [note for note in notes(s) if ALARM in note]
-    return (DEGRADED if alarms and code == HEALTHY else code), reasons + alarms
-
-
-def notes(s: StatusReply) -> list[str]:
-    """What each live member says of its settings and slots."""
-    return [
-        f"{n.name}: {note}" for n in s.nodes if n.alive and n.member is not None for note in n.member.notes
-    ]
-
-
-def _leadership(s: StatusReply) -> tuple[int, list[str]]:
-    if not s.myself.store_connected:
-        return CANNOT_TELL, ["this agent is not connected to the store: what it knows is old"]
-    if s.cluster is None:
-        return NO_PRIMARY, ["the cluster has no record yet: no primary was ever elected"]
-    if s.cluster.primary is None:
-        return NO_PRIMARY, [f"the place is vacant ({s.cluster.last_primary} left it)"]
-    by_name = {n.name: n for n in s.nodes}
-    own = by_name.get(s.myself.node)
-    if s.cluster_stale and (own is None or not own.alive):
-        return CANNOT_TELL, ["this agent has read nothing new lately, not even of itself: its view is stale"]
-    if s.cluster_stale:
-        return NO_PRIMARY, [f"the heartbeat of {s.cluster.primary} is stale"]
-    if s.cluster.status not in WRITABLE_STATES:
-        return NO_PRIMARY, [f"{s.cluster.primary} is recorded but says {s.cluster.status}"]
-    reasons = []
-    if s.cluster.primary not in by_name:
-        reasons.append(f"the primary {s.cluster.primary} is not among the configured members")
-    for n in s.nodes:
-        reasons += _complaints(n, s.cluster.primary)
-    return (DEGRADED if reasons else HEALTHY), reasons
-
-
-def _complaints(n: NodeView, primary: str | None) -> list[str]:
-    m = n.member
-    if m is None or not n.alive:
-        return [f"{n.name} is not heard of"]
-    found = []
-    if not m.fencer_ok:
-        found.append(f"the fencer of {n.name} does not answer")
-    if m.latched:
-        found.append(f"{n.name} is latched by an operator")
-    if m.sick:
-        found.append(f"PostgreSQL of {n.name} is SICK: {m.sick}")
-    if m.note:
-        found.append(f"PostgreSQL of {n.name}: {m.note}")
-    if n.name == primary and m.db != "primary":
-        found.append(f"the database of {n.name} is {m.db}")
-    if n.name != primary and m.db == "primary":
-        found.append(f"{n.name} is not the recorded primary, but its database says it is one")
-    elif n.name != primary and not (m.streaming and m.db == "standby"):
-        found.append(f"{n.name} does not stream ({m.why})")
-    return found
-
-
-def lsn(value: int) -> str:
-    """PostgreSQL's notation of a WAL position."""
-    return f"{value >> 32:X}/{value & 0xFFFFFFFF:08X}"
+# ---------------------------------------------------------------- for people
 
 
 def _row(s: StatusReply, n: NodeView) -> list[str]:
     m = n.member
     if m is None:
         return [n.name, f"{n.host}:{n.port}", "?", "never heard of", "", "", "", "", "", ""]
+    behind, was = lag(s, n), old(s, n)
     primary = s.cluster is not None and s.cluster.primary == n.name
-    lag = max(0, s.cluster.lsn - m.received_lsn) if s.cluster is not None else 0
-    notes = [
+    marks = [
         *(["latched"] if m.latched else []),
         *(["nofailover"] if m.nofailover else []),
-        *([] if n.alive else [f"silent for {n.age_s or 0:.0f} s"]),
-        *([] if m.fencer_ok else ["fencer silent"]),
-        *([m.progress] if m.progress else []),
-        *([m.cannot_rewind] if m.cannot_rewind else []),
+        *(["stopping"] if m.retiring else []),
+        *([f"{n.age_s or 0:.0f} s old"] if was else []),
+        *([] if m.fencer_ok or was else ["fencer silent"]),
         *(["sick"] if m.sick else []),
         *(["not streaming"] if m.db == "standby" and not m.streaming else []),
     ]
     return [
         n.name,
         f"{n.host}:{n.port}",
-        m.db,
+        f"was {m.db}" if was else m.db,
         f"{m.status} [{m.row}]",
-        str(m.timeline),
-        lsn(m.received_lsn),
-        "" if primary else str(lag),
-        f"{m.lease_left_ms / 1000:.1f} s" if m.lease_left_ms is not None else "",
+        str(m.timeline) if m.timeline else "?",
+        lsn(m.received_lsn) if m.received_lsn else "?",
+        str(behind) if behind is not None else ("" if primary else "?"),
+        f"{m.lease_left_ms / 1000:.1f} s" if m.lease_left_ms is not None and not was else "",
         m.generation,
-        ", ".join(notes),
+        ", ".join(marks),
     ]
 
 
-def show(s: StatusReply, code: int, reasons: list[str]) -> None:
-    """Print for people."""
-    width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, markup=False, highlight=False, emoji=False)  # texts are not ours
-    c = s.cluster
-    word = ["healthy", "degraded", "NO PRIMARY", "cannot tell"][code]
-    age = f", heartbeat {s.cluster_age_s:.1f} s ago" if s.cluster_age_s is not None else ""
-    console.print(
-        f"cluster {s.cluster_id}: {word}" + (f", term {c.term}, primary {c.primary}{age}" if c else "")
-    )
-    if c is not None and c.sync_count:
-        console.print(f"synchronous: any {c.sync_count} of {', '.join(c.sync_voters)}")
-    elif c is not None and c.sync_voters:
-        console.print(
-            f"synchronous: no standby keeps up, commits wait for NOBODY; only {c.last_primary} may lead for now"
-        )
-    elif c is not None:
-        console.print("asynchronous: a failover may lose the newest commits")
-    table = Table(
-        "node", "address", "database", "state [row]", "timeline", "LSN", "lag", "lease", "generation", "notes"
-    )
-    for n in s.nodes:
-        table.add_row(*_row(s, n))
-    console.print(table)
-    for reason in (*reasons, *(note for note in notes(s) if note not in reasons)):
-        console.print(f"- {reason}")
-    me = s.myself
-    console.print(f"{me.node} decides: {me.state} [{me.row}] {me.why}")
+def table(rows: list[list[str]], width: int) -> list[str]:
+    """Lines of at most `width` columns, where leaving out columns can bring that about."""
+    whole = [list(HEADINGS), *rows]
+    for left_out in range(len(DISPENSABLE) + 1):
+        gone = DISPENSABLE[:left_out]
+        keep = [i for i, heading in enumerate(HEADINGS) if heading not in gone]
+        wide = [max(len(row[i]) for row in whole) for i in keep]
+        if sum(wide) + 2 * (len(keep) - 1) <= width:
+            break
+    return ["  ".join(row[i].ljust(w) for i, w in zip(keep, wide, strict=True)).rstrip() for row in whole]
+
+
+def _synchronous(c: ClusterState) -> str:
+    if c.sync_count:
+        return f"synchronous: any {c.sync_count} of {', '.join(c.sync_voters)}"
+    if c.sync_voters:
+        return f"synchronous: no standby keeps up, commits wait for NOBODY; only {c.last_primary} may lead for now"
+    return "asynchronous: a failover may lose the newest commits"
+
+
+def _after(s: StatusReply) -> Iterator[str]:
+    c, me = s.cluster, s.myself
+    yield f"{me.node} decides: {me.state} [{me.row}] {me.why}"
     if me.distrust:
-        console.print(
-            "`harmonyctl store show` says what is known; `harmonyctl store accept` is the last way out"
-        )
+        yield "`harmonyctl store show` says what is known; `harmonyctl store accept` is the last way out"
     if me.changes:
-        console.print(f"{me.changes} failovers since the last that was acknowledged (harmonyctl acknowledge)")
+        yield f"{counted(me.changes, 'failover')} since the last that was acknowledged (harmonyctl acknowledge)"
     if c is not None and c.successor is not None:
         to = "is to take over" if c.primary is None else f"is to take over from {c.primary}"
-        console.print(f"hand-over under way: {c.successor} {to}")
+        yield f"hand-over under way: {c.successor} {to}"
     elif me.successor is not None:
-        console.print(f"hand-over under way: {me.node} gives leadership to {me.successor}")
-    if me.retiring:
-        console.print(f"{me.node} was asked to stop")
-    if me.failures:
-        console.print(f"{me.failures} heartbeats in a row have failed here")
+        yield f"hand-over under way: {me.node} gives leadership to {me.successor}"
     if me.latched:
-        console.print(f"latched: {me.latched}; `harmonyctl unfence` ends it")
-    if not me.fencer_ok or me.fencer_detail:
-        console.print(f"fencer of {me.node}: {me.fencer_detail}")
+        yield f"latched: {me.latched}; `harmonyctl unfence` ends it"
+    if me.fencer_ok and me.fencer_detail:
+        yield f"fencer of {me.node}: {me.fencer_detail}"
+
+
+def _finding(f: Finding) -> str:
+    return f"ALARM: {f.text}" if f.severity == "alarm" else f"- {f.text}"
+
+
+def _plain(text: str) -> str:
+    """Without what could move a terminal's cursor: texts are not ours."""
+    return "".join(ch if ch.isprintable() else " " for ch in text)
+
+
+def lines(s: StatusReply, v: Verdict, width: int) -> list[str]:
+    """All that people are shown; the first line has the verdict."""
+    c = s.cluster
+    age = f", heartbeat {s.cluster_age_s:.1f} s ago" if s.cluster_age_s is not None else ""
+    led = f", term {c.term}, primary {c.primary}{age}" if c is not None else ""
+    if c is not None and v.code == CANNOT_TELL:
+        led = f"; last known: term {c.term}, primary {c.primary}{age}"
+    head = f"cluster {s.cluster_id}: {WORDS[v.code]}{led}"
+    said = [head] if c is None else [head, _synchronous(c)]
+    shown = [[_plain(cell) for cell in _row(s, n)] for n in s.nodes]
+    said = [*_wrapped(said, width), *table(shown, width)]
+    return said + _wrapped([*map(_finding, v.findings), *_after(s)], width)
+
+
+def _wrapped(texts: list[str], width: int) -> list[str]:
+    found = []
+    for text in texts:
+        found += textwrap.wrap(
+            _plain(text), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+    return found
+
+
+def show(s: StatusReply, v: Verdict) -> None:
+    """Print for people: as wide as the terminal is, and with a colour for the verdict there."""
+    terminal = sys.stdout.isatty()
+    first, *rest = lines(s, v, shutil.get_terminal_size((80, 24)).columns if terminal else NO_TERMINAL)
+    if terminal and "NO_COLOR" not in os.environ:
+        first = first.replace(WORDS[v.code], click.style(WORDS[v.code], fg=COLOURS[v.code], bold=True), 1)
+    click.echo("\n".join([first, *rest]))
 
 
 def _without_agent(folder: Path, why: str, *, as_json: bool) -> None:
     """What the fencer alone can say: of this node, nothing of the cluster."""
+    from harmony.errors import FencerUnavailable  # noqa: PLC0415 (an agent that answers needs none of it)
+    from harmony.fencer_client import call, protocol  # noqa: PLC0415
+
     fencer: protocol.Status | None = None
     also = ""
     try:
@@ -209,7 +195,9 @@ def _without_agent(folder: Path, why: str, *, as_json: bool) -> None:
         also = f"nor does the fencer ({e})"
     if as_json:
         reasons = [r for r in (why, also) if r]
-        click.echo(msgspec.json.encode({"exit_code": CANNOT_TELL, "reasons": reasons, "fencer": fencer}))
+        findings = [Finding("alarm", "", reason) for reason in reasons]
+        merged = {"exit_code": CANNOT_TELL, "reasons": reasons, "findings": findings, "fencer": fencer}
+        click.echo(msgspec.json.encode(merged))
         return
     click.echo(why, err=True)
     if fencer is None:
@@ -244,10 +232,10 @@ def status(as_json: bool, run_dir: str | None, config_file: str | None) -> None:
     except (OSError, ValueError) as e:
         _without_agent(folder, f"the agent does not answer ({folder}/agent/agent.sock: {e})", as_json=as_json)
         sys.exit(CANNOT_TELL)
-    code, reasons = health(reply)
+    verdict = judge(reply)
     if as_json:
-        merged = {"exit_code": code, "reasons": reasons, **msgspec.to_builtins(reply)}
-        click.echo(msgspec.json.encode(merged).decode())
+        found = {"exit_code": verdict.code, "reasons": verdict.reasons, "findings": verdict.findings}
+        click.echo(msgspec.json.encode({**found, **msgspec.to_builtins(reply)}).decode())
     else:
-        show(reply, code, reasons)
-    sys.exit(code)
+        show(reply, verdict)
+    sys.exit(verdict.code)

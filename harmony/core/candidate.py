@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harmony.records import ClusterState, Member
+from harmony.records import ClusterState, Member, lsn
 
 NO_STANDBY = "PostgreSQL is not running here as a standby"
 
@@ -131,8 +131,8 @@ def _complete(me: Standing, cluster: ClusterState) -> bool:
     return cluster.clean and me.timeline == cluster.timeline and me.received_lsn > cluster.lsn
 
 
-def _pos(timeline: int, lsn: int) -> str:
-    return f"timeline {timeline} {lsn >> 32:X}/{lsn & 0xFFFFFFFF:08X}"
+def _pos(timeline: int, position: int) -> str:
+    return f"timeline {timeline} {lsn(position)}"
 
 
 def _at(m: Member) -> str:

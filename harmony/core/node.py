@@ -315,7 +315,7 @@ def _own(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command])
         v = replace(v, own=register.sent(v.own, "read", None))
     elif what == "write":
         v, attempt = _attempt(v, me)
-        record = _member_record(v, me, t, now_ns, attempt)
+        record = member_record(v, me, t, now_ns, attempt)
         commands.append(Write(key, record, v.own.revision or 0, attempt, left))
         v = replace(v, own=register.sent(v.own, "write", Attempt(attempt, now_ns)))
     if now_ns >= v.refreshing_until_ns and now_ns >= v.refreshed_ns + t.interval_ns:
@@ -397,7 +397,8 @@ def _changes(v: View, c: ClusterState | None, term: int) -> tuple[tuple[int, int
     return c.changes if planned else (*c.changes, (term, stamp))[-MAX_CHANGES:]
 
 
-def _member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) -> Member:
+def member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) -> Member:
+    """Our own record as it would be written now."""
     f, db = v.fencer, v.db
     left = v.lease_until_ns - now_ns
     return Member(

@@ -137,8 +137,9 @@ def stopped(v: View, me: Identity) -> str:
     recent = [term for term, at in c.changes if term > seen and now - at <= p.changes_window_ns]
     if len(recent) < p.maximum_changes:
         return ""
+    changes = "1 change" if len(recent) == 1 else f"{len(recent)} changes"
     return (
-        f"{len(recent)} changes of leadership within {p.changes_window_s:g} s (failover.maximum_changes "
+        f"{changes} of leadership within {p.changes_window_s:g} s (failover.maximum_changes "
         f"{p.maximum_changes}): automatic failover is stopped until harmonyctl acknowledge"
     )
 

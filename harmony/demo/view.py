@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harmony.demo.cluster import Cluster, ask_status
+from harmony.records import lsn
 
 REFRESH_S = 0.5
 LINES_KEPT = 12
@@ -83,7 +84,7 @@ class View:
                 str(node.port),
                 reply.myself.state if reply else "no answer",
                 mine.db if mine else "?",
-                f"{mine.received_lsn >> 32:X}/{mine.received_lsn & 0xFFFFFFFF:X}" if mine else "",
+                lsn(mine.received_lsn) if mine else "",
                 f"{lease} ms" if lease is not None else "",
             )
         return Group(table, Text("\n".join(self._lines)))

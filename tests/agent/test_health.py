@@ -92,6 +92,13 @@ def test_symptoms(signs: Signs, symptom: str) -> None:
     assert (first.symptom, first.why) == (second.symptom, second.why)
     assert first.symptom == symptom
     assert bool(first.why) == bool(symptom)
+    # B22: what is gone refuses nobody; the fencer knows why it is.
+    assert ("refused" in first.note) is (
+        signs.vitals is None
+        and symptom == ""
+        and signs.greeting != "gone"
+        and bool(signs.refused or signs.greeting == "full")
+    )
     assert first.blind is (signs.vitals is None and symptom == "" and signs.greeting != "gone")
 
 

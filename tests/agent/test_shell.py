@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from harmony.admin import AcceptReply, ErrorReply
 from harmony.agent import memory
@@ -24,6 +25,7 @@ from harmony.core.messages import DbSeen, DbSilent, HealthSeen, Marks, Remembere
 from harmony.core.slots import Duty
 from harmony.records import CLUSTER_STATE, CONTROL, Control, encode
 from harmony.store.memory import MemoryServer, MemoryStore
+from harmony.verdict import CANNOT_TELL, judge
 from tests.cli.test_commands import CLUSTER
 
 CONFIG = """
@@ -200,3 +202,45 @@ async def test_a_store_that_is_gone_is_made_anew_only_where_it_is_to_be_founded(
         r.shell.accept(create=True, who="somebody")
         assert not r.server.missing
         await r.until(lambda: r.shell.status().myself.store.lineage == "memory-2")
+
+
+async def test_status_tells_of_now_what_the_store_does_not_take(config: Config, tmp_path: Path) -> None:
+    """B5: the own row is what the agent knows now; heartbeats that fail are told of, with the store's words."""
+    async with running(config, tmp_path, MemoryServer()) as r:
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: "member.n2" in {key for _, key in r.server.data})
+        await r.until(lambda: judge(r.shell.status()).code != CANNOT_TELL)
+        assert r.shell.status().myself.store_failure == ""
+        r.store.faults.lost = 1_000_000
+        with trio.fail_after(30):
+            while judge(r.shell.status()).code != CANNOT_TELL or not r.shell.status().myself.store_failure:
+                await trio.sleep(0.02)
+        said = r.shell.status()
+        own = said.nodes[1].member
+        assert own is not None
+        assert (own.status, own.row, own.why) == (said.myself.state, said.myself.row, said.myself.why)
+        assert own.attempt == "", "no record that the store took"
+        assert said.myself.store_failure in judge(said).reasons[0]
+        r.store.faults.lost = 0
+        with trio.fail_after(30):
+            while judge(r.shell.status()).code == CANNOT_TELL or r.shell.status().myself.store_failure:
+                await trio.sleep(0.02)
+
+
+async def test_why_the_probe_fails_stands_in_the_journal_once(config: Config, tmp_path: Path) -> None:
+    """B2: the cause of what is decided, at each change, and no flood."""
+    with capture_logs() as logs:
+        async with running(config, tmp_path, MemoryServer()) as r:
+            asked: list[int] = []
+            whys = ["Peer authentication failed", "the password is wrong"]
+
+            async def ask(now_ns: int, timeout_s: float) -> DbSeen | DbSilent:
+                asked.append(now_ns)
+                return DbSilent(whys[len(asked) > 3])
+
+            r.shell._probe.ask = ask  # type: ignore[method-assign]
+            with trio.fail_after(30):
+                while len(asked) < 7:
+                    await trio.sleep(0.02)
+    told = [e["why"] for e in logs if e["event"] == "PostgreSQL does not answer the probe"]
+    assert [why for why in told if why in whys] == whys

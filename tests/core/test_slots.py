@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from harmony.core import slots
 from harmony.core.fold import fold
 from harmony.core.messages import Order, Surveyed
-from harmony.core.node import _generation, _member_record, step
+from harmony.core.node import _generation, member_record, step
 from harmony.core.states import State
 from harmony.core.timing import NS
 from harmony.core.view import SentOrder, View
@@ -106,9 +106,9 @@ def test_who_follows_the_same_node_through_another_slot_stays_a_standby() -> Non
         for state in ("running", "done"):
             told = fencer(following=following, order=order.generation, order_op="follow", order_state=state)
             v = fold(v, told, ME, FAST, now)
-            assert (_member_record(v, ME, FAST, now, "a").db, v.streams) == (expected, 0), (following, state)
+            assert (member_record(v, ME, FAST, now, "a").db, v.streams) == (expected, 0), (following, state)
         down = fold(v, fencer(order=order.generation, postgres_up=False), ME, FAST, now)
-        assert _member_record(down, ME, FAST, now, "a").db == "down", "it was restarted for it"
+        assert member_record(down, ME, FAST, now, "a").db == "down", "it was restarted for it"
 
 
 def test_who_becomes_a_standby_of_nobody_is_not_yet_known_to_be_one() -> None:
@@ -200,6 +200,6 @@ def test_nobody_elses(v: View) -> None:
 
 def test_the_record_tells_what_was_found() -> None:
     """And, of an agent that has not looked yet, that nothing is known."""
-    m = _member_record(watching({}), ME, FAST, T0, "a")
+    m = member_record(watching({}), ME, FAST, T0, "a")
     assert (m.slots, m.limits, m.notes) == ({"harmony_member_n1": 5}, {"max_connections": 100}, ("note",))
-    assert _member_record(watching({}, survey=None), ME, FAST, T0, "a").slots is None
+    assert member_record(watching({}, survey=None), ME, FAST, T0, "a").slots is None
