@@ -26,9 +26,9 @@ RISKS = """What accepting risks:
 FOUND_RISK = """- --found: where the store is empty, THIS NODE'S DATA BECOMES THE CLUSTER'S. Give it on one node only,
   the one with the newest data (compare the LSNs of `harmonyctl status`); on the others run the command without it."""
 
-MOVE_RISK = """- THIS NODE'S DATA BELONGED TO CLUSTER {was_in}, and {cluster_id} is configured. Most likely cluster.id is
-  mistyped: then correct it, restart Harmony and accept nothing. If {was_in} goes on without this node, and this node's data is
-  founded anew as {cluster_id}, both accept writes under the same system identifier."""
+MOVE_RISK = """- THIS NODE'S DATA BELONGED TO CLUSTER {was_in}, and {cluster_id} is configured. Most likely
+  cluster.id is mistyped: then correct it, restart Harmony and accept nothing. If {was_in} goes on without this node,
+  and this node's data is founded anew as {cluster_id}, both accept writes under the same system identifier."""
 
 
 class _Reply(msgspec.Struct):
