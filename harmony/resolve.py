@@ -102,6 +102,14 @@ def _sql(c: Config, problems: list[str]) -> str:
         return ""
 
 
+def warnings(c: Config) -> list[str]:
+    """What works, and perhaps is not meant on this host."""
+    found = []
+    if c.agent.user is None and os.geteuid() == 0:
+        found.append("agent.user: not set: the agent runs as root, and needs no more than an ordinary user")
+    return found
+
+
 def resolve(c: Config) -> dict[str, dict[str, object]]:
     """What the three processes are started with. Raises ConfigError where the machine does not fit."""
     problems: list[str] = []

@@ -184,10 +184,10 @@ class Harmony:
         return host.run(argv, timeout=120).stdout
 
     def switch_over(self, _old: str, new: str) -> None:
-        self.control(new, "switchover", "--to", new)
+        self.control(new, "switchover", "--yes", "--to", new)
 
     def attend(self) -> None:
-        self.control(DATABASES[0], "acknowledge")
+        self.control(DATABASES[0], "acknowledge", "--yes")
 
     def store_leader(self) -> str:
         def ask() -> str:

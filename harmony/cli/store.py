@@ -12,9 +12,9 @@ import click
 import msgspec
 
 from harmony.admin import AcceptRequest, StatusReply
-from harmony.cli.asking import NOT_CONFIRMED, confirmed, typed
 from harmony.cli.status import CANNOT_TELL, ask, request
-from harmony.cli.where import find_run_dir, who
+from harmony.cli.terminal import NOT_CONFIRMED, confirmed, typed
+from harmony.cli.where import denied, find_run_dir, who
 
 TRUSTED, DISTRUSTED = 0, 1
 RISKS = """What accepting risks:
@@ -82,13 +82,15 @@ def _ask(folder: Path) -> StatusReply:
     try:
         return ask(path)
     except (OSError, ValueError) as e:
-        click.echo(f"the agent does not answer ({path}: {e}); it is the one that knows", err=True)
+        click.echo(
+            denied(e) or f"the agent does not answer ({path}: {e}); it is the one that knows", err=True
+        )
         sys.exit(CANNOT_TELL)
 
 
 @click.group()
 def store() -> None:
-    """Show what this node knows of its store; accept a store that it distrusts."""
+    """Show what this node knows of its store; accept one it distrusts."""
 
 
 @store.command()
@@ -160,5 +162,7 @@ def accept(found: bool, leave: str, yes: bool, run_dir: str | None, config_file:
         sys.exit(1)
     if not reply.accepted:
         click.echo(f"the agent refused: {reply.error}", err=True)
+        if reply.error.startswith("not permitted"):
+            click.echo(denied(PermissionError()), err=True)
         sys.exit(1)
     click.echo(f"accepted: {reply.accepted}")

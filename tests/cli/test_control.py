@@ -126,7 +126,9 @@ data_dir = "/nowhere"
 def acknowledge(tmp_path: Path, cluster: str, url: str) -> tuple[int, str]:
     file = tmp_path / "harmony.toml"
     file.write_text(CONFIG.format(cluster=cluster, url=url))
-    result = CliRunner().invoke(cli, ["acknowledge", "--config", str(file)], env={"HARMONY_CONFIG": None})
+    result = CliRunner().invoke(
+        cli, ["acknowledge", "--yes", "--config", str(file)], env={"HARMONY_CONFIG": None}
+    )
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 
