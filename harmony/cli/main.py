@@ -6,11 +6,11 @@ The exit codes that all commands share are made here; each command's own stand i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import click
@@ -52,6 +52,20 @@ COMMANDS = {
 }
 
 
+class _Unread(Exception):
+    """Nobody reads our output. Not click's to catch: it would end with 1."""
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if _only_a_pipe(e):
+            raise _Unread from e
+        raise
+
+
 class Commands(click.Group):
     """Loads a command when it is asked for, and ends with one meaning for each exit code."""
 
@@ -76,15 +90,23 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name].help) for name in self.list_commands(ctx)])
 
+    @_unread()
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        """Here --help is printed."""
+        return super().make_context(info_name, args, parent, **extra)
+
+    @_unread()
+    def invoke(self, ctx: click.Context) -> object:
+        """Here the commands run."""
+        return super().invoke(ctx)
+
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **_: object) -> NoReturn:  # type: ignore[override]
         """Never returns: ends with the command's exit code, or with one of those that all share."""
         try:
             code = super().main(args, prog_name, standalone_mode=False)
             _flush()
-        except SystemExit as e:
-            if not _only_a_pipe(e.__context__):
-                raise
-            code = _unread()  # click's own end of it is 1
         except click.UsageError as e:
             e.show()
             code = os.EX_USAGE
@@ -104,27 +126,25 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _only_a_pipe(e: BaseException | None) -> bool:
+def _only_a_pipe(e: BaseException) -> bool:
     """Whether nothing happened but that nobody reads our output any more, also inside of groups."""
     if isinstance(e, BaseExceptionGroup):
         return all(_only_a_pipe(one) for one in e.exceptions)
-    return isinstance(e, BrokenPipeError)
+    return isinstance(e, BrokenPipeError | _Unread)
 
 
 def _unexpected(e: Exception) -> int:
     if _only_a_pipe(e):
-        return _unread()
+        deafen(1)
+        deafen(2)
+        return EXIT_PIPE
     if isinstance(e, click.exceptions.Abort):
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPTED
+    import traceback  # noqa: PLC0415 (a tenth of the start, and only for faults)
+
     traceback.print_exception(e)
     return os.EX_SOFTWARE
-
-
-def _unread() -> int:
-    deafen(1)
-    deafen(2)
-    return EXIT_PIPE
 
 
 def _missing(name: str, why: str) -> None:
