@@ -102,7 +102,7 @@ def look_here(c: Config, found: Findings) -> None:
         )
     if hot != "on":
         remarks.append(f"hot_standby is {hot}: the next start of PostgreSQL turns it on")
-    if listens != p.listen_addresses:
+    if p.listen_addresses is not None and listens != p.listen_addresses:
         remarks.append(
             f"listen_addresses becomes '{p.listen_addresses}' at the next start, it is '{listens}'"
         )

@@ -164,7 +164,7 @@ class Postgresql(_Section, frozen=True):
     bin_dir: Absolute | None = None
     library_dir: Absolute | None = None
     user: Role | None = None
-    listen_addresses: Annotated[str, msgspec.Meta(pattern=LISTEN)] = "*"
+    listen_addresses: Annotated[str, msgspec.Meta(pattern=LISTEN)] | None = None
     socket_dir: Absolute = "/var/run/postgresql"
     db_user: Role = "harmony"
     db_name: Role = "postgres"

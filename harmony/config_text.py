@@ -216,8 +216,8 @@ TEXT: dict[str, tuple[str, str]] = {
     "postgresql.library_dir": ("LD_LIBRARY_PATH for them", "only for relocated builds"),
     "postgresql.user": ("OS user PostgreSQL runs as", "needed when the supervisor is root"),
     "postgresql.listen_addresses": (
-        "as PostgreSQL's own parameter",
-        "must include what the other members reach",
+        "as PostgreSQL's own parameter; left out: postgresql.conf's counts (localhost where it sets none)",
+        "either must include what the other members reach; set: it overrides postgresql.conf, and that is said",
     ),
     "postgresql.socket_dir": ("folder of PostgreSQL's Unix socket", "the agent's probe connects there"),
     "postgresql.db_user": (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from harmony import listening
 from harmony.config import Config
 from harmony.errors import ConfigError
 
@@ -107,7 +108,8 @@ def warnings(c: Config) -> list[str]:
     found = []
     if c.agent.user is None and os.geteuid() == 0:
         found.append("agent.user: not set: the agent runs as root, and needs no more than an ordinary user")
-    return found
+    config_file = c.postgresql.config_file or find_config_file(c.postgresql.data_dir) or _to_be_made(c)
+    return found + (listening.warnings(c, config_file) if config_file is not None else [])
 
 
 def resolve(c: Config) -> dict[str, dict[str, object]]:

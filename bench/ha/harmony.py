@@ -133,6 +133,7 @@ class Harmony:
             "timing": {"preset": self._options.preset},
             "replication": {"mode": "off" if self._options.sync == "off" else "quorum"},
             "postgresql": {
+                "listen_addresses": "*",
                 "data_dir": str(host.folder / "disk" / "data"),
                 "bin_dir": str(pg.bin_dir),
                 "socket_dir": str(host.folder / "disk" / "sock"),

@@ -88,7 +88,9 @@ def config_resolve(file: str) -> None:
     """For the supervisor: everything that its children are started with, as JSON."""
     warnings: list[str] = []
     try:
-        click.echo(msgspec.json.encode(_resolve(load(file, warnings=warnings), file)).decode())
+        loaded = load(file, warnings=warnings)
+        click.echo(msgspec.json.encode(_resolve(loaded, file)).decode())
+        warnings += _on_this_host(loaded)
     except ConfigError as e:
         _fail(e)
     for warning in warnings:

@@ -41,8 +41,8 @@ def _resolved(process: subprocess.Popen[str]) -> dict[str, dict[str, object]]:
         process.kill()
         sys.stderr.write(f"harmony-supervisor: the configuration was not resolved within {RESOLVE_S:g} s\n")
         sys.exit(1)
+    sys.stderr.write(err)  # warnings, too
     if process.returncode != 0:
-        sys.stderr.write(err)
         sys.exit(EXIT_CONFIG if process.returncode == EXIT_CONFIG else 1)
     resolved: dict[str, dict[str, object]] = json.loads(out)
     return resolved
