@@ -315,13 +315,7 @@ def load(path: str | Path, env: Mapping[str, str] | None = None, warnings: list[
 def _members(raw: object, problems: list[str]) -> dict[str, dict[str, object]]:
     """By name, also those with problems: their names count."""
     if not isinstance(raw, dict) or not raw:
-        wrong = (
-            "missing"
-            if raw == {}
-            else "must be a table of tables, not a list"
-            if isinstance(raw, list)
-            else repr(raw)[:80]
-        )
+        wrong = "missing" if raw == {} else "must be tables with names, and no [[members]] or single value"
         problems.append(f"members: {wrong}; name each node, such as [members.n1] with host and port")
         return {}
     found: dict[str, dict[str, object]] = {}
