@@ -137,6 +137,13 @@ async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> s
     )
 
 
+def wished(control: Control, now: ClusterState, seen: ClusterState, wish: Switchover) -> Control:
+    """With the request; of what was seen when it was asked for. Raises Impossible where that is over. Pure."""
+    if (now.term, now.primary) != (seen.term, seen.primary):
+        raise Impossible(f"leadership has changed meanwhile: {now.primary or 'nobody'}, term {now.term}")
+    return msgspec.structs.replace(control, switchover=wish)
+
+
 async def _switch(config: Config, to: str | None, dry_run: bool, yes: bool) -> int:
     names = tuple(config.members)
     async with connected(config) as store:
@@ -160,14 +167,8 @@ async def _switch(config: Config, to: str | None, dry_run: bool, yes: bool) -> i
         say("handing over")
         request, began = uuid.uuid4().hex, time.monotonic()
 
-        def edit(control: Control, now: ClusterState) -> Control:
-            if (now.term, now.primary) != (c.term, c.primary):
-                raise Impossible(
-                    f"leadership has changed meanwhile: {now.primary or 'nobody'}, term {now.term}"
-                )
-            return msgspec.structs.replace(control, switchover=Switchover(request, chosen, c.term, who()))
-
-        await change(store, edit)
+        wish = Switchover(request, chosen, c.term, who())
+        await change(store, lambda control, now: wished(control, now, c, wish))
         ended = await follow(store, config.timing, c.term, chosen, request)
         say(f"done after {time.monotonic() - began:.1f} s: {ended}")
     return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pwd
 import socket
 import struct
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,9 +15,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
-from harmony.adoption import Findings, against_member, look_at_store, look_here
-from harmony.config import Config, load
+from harmony.adoption import Findings, against_member, look_at_members, look_at_store, look_here
+from harmony.cli.adopt import _adopt
+from harmony.cli.main import cli
+from harmony.config import Config, MemberAddress, load
 from harmony.config_text import example
 from harmony.core.states import State
 from harmony.records import encode
@@ -150,3 +155,76 @@ def test_a_role_that_is_not_there(config: Config, folder: Path) -> None:
         server.close()
     assert "CREATE ROLE harmony LOGIN" in found.problems[0]
     assert found.system_identifier == ""
+
+
+def test_who_is_away_must_be_named(config: Config) -> None:
+    """I1: an unreachable member may be another primary."""
+    gone = {n: MemberAddress(host="127.0.0.1", port=1) for n in config.members}
+    away = msgspec.structs.replace(config, members=gone)
+    found = Findings(system_identifier="7")
+    look_at_members(away, ("n2", "n9"), found)
+    assert [remark.split(":")[0] for remark in found.remarks] == ["without n2"]
+    assert "go on with --without n3" in found.problems[0]
+    assert found.problems[1:] == ["--without n9: not another configured member"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_only_root_may_permit_it(tmp_path: Path) -> None:
+    text = example()
+    folder = Path(tempfile.mkdtemp(prefix="hctl"))
+    folder.chmod(0o755)
+    file = folder / "harmony.toml"
+    file.write_text(text)
+    for module in ("harmony.cli.adopt", "harmony.config"):
+        importlib.import_module(module)
+    os.seteuid(65534)
+    try:
+        result = CliRunner().invoke(cli, ["adopt", "--withdraw", "--config", str(file)])
+    finally:
+        os.seteuid(0)
+        file.unlink()
+        folder.rmdir()
+    assert (result.exit_code, result.stderr) == (1, "not done: only root may permit it here: use sudo\n")
+
+
+class Looked:
+    """A fencer's program that judges; what it was asked for is noted."""
+
+    def __init__(self, folder: Path, problems: str) -> None:
+        self.asked = folder / "asked"
+        self.python = folder / "python"
+        judged = f'{{"problems":[{problems}],"system_identifier":"7","held_by":""}}'
+        self.python.write_text(f"#!/bin/sh\necho \"$@\" >> {self.asked}\necho '{judged}'\n")
+        self.python.chmod(0o755)
+
+
+@pytest.mark.parametrize("against", ['"it is a standby"', ""])
+async def test_nothing_is_permitted_against_a_finding(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    against: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looked = Looked(tmp_path, against)
+    monkeypatch.setattr(sys, "executable", str(looked.python))
+    (tmp_path / "bin").mkdir()
+    for name in ("postgres", "pg_ctl", "pg_controldata"):
+        (tmp_path / "bin" / name).touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "postgresql.conf").touch()
+    p = msgspec.structs.replace(
+        config.postgresql,
+        data_dir=str(tmp_path / "data"),
+        bin_dir=str(tmp_path / "bin"),
+        user=None,
+        socket_dir=str(tmp_path),
+    )
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "data", 65534, 65534)
+        p = msgspec.structs.replace(p, user="nobody")
+    store = msgspec.structs.replace(config.store, type="memory")
+    changed = msgspec.structs.replace(config, postgresql=p, store=store)
+    assert await _adopt(changed, (), dry_run=False, yes=True, wait=False) == 1, "PostgreSQL cannot be asked"
+    assert "AGAINST IT: " in capsys.readouterr().err
+    assert "--permit" not in looked.asked.read_text()

@@ -177,6 +177,9 @@ def test_who_is_able(change: dict[str, object]) -> None:
 def test_outlook_elsewhere() -> None:
     assert outlook(reply("n2"))[0] is True
     assert outlook(replace(reply("n2"), cluster=None))[0] is False
+    blind = replace(reply("n2"), myself=replace(reply("n2").myself, store_connected=False))
+    assert outlook(blind)[0] is False
+    assert "does not see the cluster" in outlook(blind)[1]
     assert outlook(replace(R, cluster=replace(CLUSTER, sync_voters=("n3",))))[1].endswith("n3 takes over")
 
 
@@ -363,6 +366,7 @@ def test_force_needs_nothing_but_the_fencer(fakes: Fakes, monkeypatch: pytest.Mo
     first = fakes.requests[0]
     assert isinstance(first, protocol.OperatorFence)
     assert first.reason == "because"
+    assert not first.clean
 
 
 @pytest.mark.parametrize("state", ["failed", "preempted"])
@@ -379,6 +383,29 @@ def test_a_newer_fence_of_the_agent_proves_as_well(fakes: Fakes) -> None:
     done = fencer_status(replace(newer, state="done"), proven=True)
     fakes.fencer(protocol.Accepted(record("running")), fencer_status(newer), done)
     assert fakes.run("fence", "--force")[0] == 0
+
+
+def test_a_newer_fence_that_latches_nothing_is_not_the_operators(fakes: Fakes) -> None:
+    """W5: PostgreSQL is gone, and the agent may start it again."""
+    newer = record("done", "fence", order=6)
+    fakes.fencer(protocol.Accepted(record("running")), fencer_status(newer, proven=True, latched=False))
+    code, text = fakes.run("fence", "--force")
+    assert code == 1
+    assert "NOT proven" in text
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_one_shot_latches(fakes: Fakes, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """W5: what is fenced without a fencer stays so, too; and its exit code is the command's."""
+    (fakes.folder / "fencer.json").write_text("{}")
+    python = fakes.folder / "python"
+    python.write_text(f'#!/bin/sh\nfor a in "$@"; do echo "$a" >> {fakes.folder}/argv; done\nexit {code}\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert fakes.run("fence", "--force", "--reason", "because")[0] == code
+    argv = (fakes.folder / "argv").read_text().splitlines()
+    assert argv[argv.index("--once") + 1] == "because"
+    assert "pid" in argv[argv.index("--latch") + 1]
 
 
 def test_not_permitted_says_sudo(fakes: Fakes) -> None:
@@ -422,6 +449,9 @@ def test_asks_before_it_fences(fakes: Fakes) -> None:
     assert (code, fakes.requests) == (2, [])
     assert "n2 or n3 takes over" in text
     assert fakes.run("fence", "--yes")[0] == 0
+    first = fakes.requests[0]
+    assert isinstance(first, protocol.OperatorFence)
+    assert first.clean
 
 
 def test_refuses_when_nobody_can_take_over(fakes: Fakes) -> None:

@@ -13,6 +13,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from harmony.cli.acknowledge import edit
 from harmony.cli.control import Impossible, change
 from harmony.cli.main import cli
 from harmony.errors import StoreUnavailable
@@ -238,3 +239,9 @@ def test_a_wrong_configuration_is_named(tmp_path: Path) -> None:
     code, text = acknowledge(tmp_path, "NOT AN ID", "nats://127.0.0.1:1")
     assert code == 78
     assert "cluster.id" in text
+
+
+def test_what_was_acknowledged_stays_so() -> None:
+    """A store that was rolled back shows an older term: the later acknowledgement is kept."""
+    assert edit(Control(attempt="", acknowledged=9), CLUSTER).acknowledged == 9
+    assert edit(Control(attempt="", acknowledged=1), CLUSTER).acknowledged == 3
