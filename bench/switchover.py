@@ -26,7 +26,7 @@ from harmony.demo.recorder import Recorders
 
 def switch(cluster: Cluster, to: str) -> None:
     """Raises RuntimeError with what harmonyctl said."""
-    argv = [sys.executable, "-I", "-m", "harmony", "switchover", "--to", to]
+    argv = [sys.executable, "-I", "-m", "harmony", "switchover", "--yes", "--to", to]
     argv += ["--config", str(cluster.nodes[to].config)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:

@@ -20,10 +20,14 @@ class StatusQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_f
 
 
 class AcceptRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="accept"):
-    """Take the store as it is now. `create`: where it is empty, this node founds the cluster anew."""
+    """Take the store as it is now. `create`: where it is empty, this node founds the cluster anew.
+
+    `leave`: the cluster that this node's data belonged to, and leaves; must be named where there is one.
+    """
 
     create: bool
     who: Annotated[str, msgspec.Meta(max_length=500)]
+    leave: Annotated[str, msgspec.Meta(max_length=100)] = ""
 
 
 Query = StatusQuery | AcceptRequest
@@ -72,6 +76,7 @@ class StoreView(msgspec.Struct, frozen=True):
     marks: Marks = Marks()  # the most that this node has seen of it
     shown: Shown | None = None  # None: not read yet
     memory: str = ""  # why the marks could not be read from disk, or are not kept there; "": they are
+    was_in: str = ""  # the other cluster that this node's data belonged to; "": this one, or none
 
 
 class SelfView(msgspec.Struct, frozen=True):

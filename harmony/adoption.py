@@ -6,6 +6,10 @@ A *problem* stands against adopting; a *remark* is for the operator to know. Wha
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pwd
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,20 +45,51 @@ class Findings:
     system_identifier: str = ""
 
 
+@contextlib.contextmanager
+def _as_the_agent(c: Config) -> Iterator[None]:
+    """Root connects as whom the agent will connect: pg_hba.conf's peer rule looks at nothing else.
+
+    Of the whole process, so for the connecting alone. Who is not root stays who he is.
+    """
+    if c.agent.user is None or os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(pwd.getpwnam(c.agent.user).pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def _how_to_let_in(c: Config, refused: str) -> str:
+    """What to do about a connection that was refused. Pure."""
+    role, agent = c.postgresql.db_user, c.agent.user or "root"
+    if "peer" in refused.lower():  # PostgreSQL's word, in whatever language
+        return (
+            f"pg_hba.conf's rule peer lets in who is named like the role, and the agent runs as {agent}: set "
+            f'agent.user to an OS user "{role}" (useradd --system {role}), or map {agent} to {role} in pg_ident.conf'
+        )
+    return (
+        f"CREATE ROLE {role} LOGIN; GRANT pg_monitor TO {role}, if there is no such role; have pg_hba.conf let it in; "
+        "or correct postgresql.socket_dir, db_user, db_name, or the members' port"
+    )
+
+
 def look_here(c: Config, found: Findings) -> None:
     """The PostgreSQL on this host, by SQL as the agent asks it. Blocks for CONNECT_S at most."""
     p, me = c.postgresql, c.node.name
     try:
-        with psycopg.connect(
-            host=p.socket_dir, port=c.members[me].port, user=p.db_user, dbname=p.db_name,
-            connect_timeout=CONNECT_S, autocommit=True, application_name="harmonyctl adopt",
-        ) as link:  # fmt: skip
+        with _as_the_agent(c):
+            link = psycopg.connect(
+                host=p.socket_dir, port=c.members[me].port, user=p.db_user, dbname=p.db_name,
+                connect_timeout=CONNECT_S, autocommit=True, application_name="harmonyctl adopt",
+            )  # fmt: skip
+        with link:
             row = link.execute(_HERE, {"replication": p.replication_user}).fetchone()
     except psycopg.Error as e:
         found.problems.append(
             f"PostgreSQL here cannot be asked as {p.db_user} through {p.socket_dir}, port {c.members[me].port}: "
-            f"{in_a_line(e)} (CREATE ROLE {p.db_user} LOGIN; GRANT pg_monitor TO {p.db_user}; or correct "
-            "postgresql.socket_dir, db_user, db_name, or the members' port)"
+            f"{in_a_line(e)} ({_how_to_let_in(c, str(e))})"
         )
         return
     if row is None:
@@ -102,7 +137,7 @@ def look_here(c: Config, found: Findings) -> None:
         )
     if hot != "on":
         remarks.append(f"hot_standby is {hot}: the next start of PostgreSQL turns it on")
-    if listens != p.listen_addresses:
+    if p.listen_addresses is not None and listens != p.listen_addresses:
         remarks.append(
             f"listen_addresses becomes '{p.listen_addresses}' at the next start, it is '{listens}'"
         )
@@ -130,15 +165,16 @@ def look_at(c: Config, name: str, system_identifier: str) -> tuple[str, str]:
         )
     if known is None or shown is None:
         raise AssertionError("IDENTIFY_SYSTEM and SHOW give one row")
-    theirs = _text(known[0])
-    if theirs != system_identifier:
-        return (
-            "",
-            f"{name} has system identifier {theirs}, this node {system_identifier}: it is another cluster's",
-        )
-    if _text(shown[0]) != "on":
-        return "", f"{name} accepts writes, too: TWO PRIMARIES of one cluster; stop the wrong one first"
-    return "", ""
+    return "", against_member(name, _text(known[0]), system_identifier, read_only=_text(shown[0]) == "on")
+
+
+def against_member(name: str, theirs: str, ours: str, *, read_only: bool) -> str:
+    """What speaks against another member that has answered; empty: nothing. Pure."""
+    if theirs != ours:
+        return f"{name} has system identifier {theirs}, this node {ours}: it is another cluster's"
+    if not read_only:
+        return f"{name} accepts writes, too: TWO PRIMARIES of one cluster; stop the wrong one first"
+    return ""
 
 
 def look_at_members(c: Config, without: tuple[str, ...], found: Findings) -> None:
@@ -161,8 +197,8 @@ def look_at_members(c: Config, without: tuple[str, ...], found: Findings) -> Non
 def look_at_store(
     c: Config, cluster: Entry | None, members: dict[str, Entry | None], found: Findings
 ) -> None:
-    """What the store holds. Pure."""
-    me = c.node.name
+    """What the store holds. Pure. System identifiers are compared only where this PostgreSQL has told its own."""
+    me, here = c.node.name, found.system_identifier
     try:
         state = decode_cluster(cluster.value) if cluster is not None else None
         known: dict[str, Member | None] = {
@@ -179,14 +215,14 @@ def look_at_store(
                 f"Harmony has not been started on {name} yet: start it there first, its PostgreSQL runs on; with "
                 "replication.mode quorum the adoption waits for it"
             )
-        if name != me and m is not None and m.system_identifier not in {None, found.system_identifier}:
+        if here and name != me and m is not None and m.system_identifier not in {None, here}:
             found.problems.append(
                 f"{name} reports system identifier {m.system_identifier}: another cluster's"
             )
 
 
 def _against(state: ClusterState, me: str, system_identifier: str) -> list[str]:
-    if state.system_identifier != system_identifier:
+    if system_identifier and state.system_identifier != system_identifier:
         theirs = f"the store's cluster {state.cluster_id} has system identifier {state.system_identifier}"
         return [f"{theirs}, this PostgreSQL {system_identifier}: use another cluster.id"]
     if state.adopting and state.primary == me:

@@ -5,60 +5,50 @@ It starts nothing and does not look at the machine (resolve.py does).
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
+from harmony.config_file import read
+from harmony.config_words import (
+    ABSOLUTE,
+    HOST,
+    ID,
+    LISTEN,
+    MONITOR,
+    NAME,
+    ROLE,
+    SLOT,
+    TEXT_LINE,
+    UNIT,
+    URL,
+    WORDS,
+    hint,
+    value_of,
+)
 from harmony.core.timing import PRESETS, Timing
+from harmony.environment import lay_over
 from harmony.errors import ConfigError
 from harmony.records import SLOT_PREFIX, slot_name
 
-_NAME = r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"
-_HOST = r"^[A-Za-z0-9_.:-]{1,253}\Z"
-_ABSOLUTE = r"^/[^\x00-\x1f']*\Z"
-_ROLE = r"^[^\s:/'-][^\s:/']{0,62}\Z"
-_URL = r"^(nats|tls|ws|wss)://[^\s,/]+/?\Z"
-_MONITOR = r"^https?://[^\s,/@]+/?\Z"
-_ID = r"^[a-z0-9][a-z0-9_-]{0,31}\Z"
-_LISTEN = r"^[A-Za-z0-9_.:, *-]*\Z"
-_TEXT_LINE = r"^[^\x00-\x1f]{1,500}\Z"
-_SLOT = r"^[a-z0-9_]{1,63}\Z"
-_UNIT = r"^[A-Za-z0-9:_.@\\-]{1,200}\.service\Z"
-WORDS = {
-    _NAME: "1 to 40 of a-z 0-9 _ -, beginning and ending in a-z 0-9",
-    _HOST: "a host name or an IP address, without port",
-    _ABSOLUTE: "an absolute path, without quotes",
-    _ROLE: "a user, role or database name without spaces, quotes, : and /",
-    _URL: "nats://HOST:PORT (or tls, ws, wss)",
-    _MONITOR: "http://HOST:PORT (or https), the server's monitoring port, without user and password",
-    _ID: "1 to 32 of a-z 0-9 _ -, beginning in a-z 0-9",
-    _UNIT: "a service's name with .service at its end",
-    _TEXT_LINE: "one line of text, 1 to 500 characters",
-    _SLOT: "1 to 63 of a-z 0-9 _",
-    _LISTEN: "addresses separated by commas, or *",
-}
 SOCKET_MAX = 107
-MAX_FILE_BYTES = 1024 * 1024
 
-Name = Annotated[str, msgspec.Meta(pattern=_NAME)]
-Absolute = Annotated[str, msgspec.Meta(pattern=_ABSOLUTE)]
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+Absolute = Annotated[str, msgspec.Meta(pattern=ABSOLUTE)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 Window = Annotated[float, msgspec.Meta(gt=0, le=604_800)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100)]
-Role = Annotated[str, msgspec.Meta(pattern=_ROLE)]
-Url = Annotated[str, msgspec.Meta(pattern=_URL)]
-MonitorUrl = Annotated[str, msgspec.Meta(pattern=_MONITOR)]
-Option = Annotated[str, msgspec.Meta(pattern=_TEXT_LINE)]
-Unit = Annotated[str, msgspec.Meta(pattern=_UNIT)]
-Plugin = Annotated[str, msgspec.Meta(pattern=_SLOT)]
+Role = Annotated[str, msgspec.Meta(pattern=ROLE)]
+Url = Annotated[str, msgspec.Meta(pattern=URL)]
+MonitorUrl = Annotated[str, msgspec.Meta(pattern=MONITOR)]
+Option = Annotated[str, msgspec.Meta(pattern=TEXT_LINE)]
+Unit = Annotated[str, msgspec.Meta(pattern=UNIT)]
+Plugin = Annotated[str, msgspec.Meta(pattern=SLOT)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -66,7 +56,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Cluster(_Section, frozen=True):
-    id: Annotated[str, msgspec.Meta(pattern=_ID)]
+    id: Annotated[str, msgspec.Meta(pattern=ID)]
     preferred_primary: Name
 
 
@@ -79,7 +69,7 @@ class Node(_Section, frozen=True):
 
 
 class MemberAddress(_Section, frozen=True):
-    host: Annotated[str, msgspec.Meta(pattern=_HOST)]
+    host: Annotated[str, msgspec.Meta(pattern=HOST)]
     port: Port = 5432
 
 
@@ -174,7 +164,7 @@ class Postgresql(_Section, frozen=True):
     bin_dir: Absolute | None = None
     library_dir: Absolute | None = None
     user: Role | None = None
-    listen_addresses: Annotated[str, msgspec.Meta(pattern=_LISTEN)] = "*"
+    listen_addresses: Annotated[str, msgspec.Meta(pattern=LISTEN)] | None = None
     socket_dir: Absolute = "/var/run/postgresql"
     db_user: Role = "harmony"
     db_name: Role = "postgres"
@@ -241,41 +231,21 @@ SECTIONS: dict[str, type[_Section]] = {
 }
 
 
-def _hint(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
-
-
-def _value(kind: object, key: str, value: object, *, strict: bool = True) -> tuple[object, str | None]:
-    """(converted, None) or (None, what is wrong). URLs are not repeated: they may hold a password."""
-    shown = "the value" if key.endswith("urls") else repr(value)[:80]
-    try:
-        converted: object = msgspec.convert(value, kind, strict=strict)
-    except msgspec.ValidationError as e:
-        for pattern, words in WORDS.items():
-            if repr(pattern)[1:-1] in str(e) or pattern in str(e):
-                return None, f"{shown} is not allowed; must be {words}"
-        return None, f"{shown} is not allowed: {e}"
-    if isinstance(converted, float) and not math.isfinite(converted):
-        return None, f"{shown} is not allowed; must be a finite number"
-    return converted, None
-
-
 def _section(kind: type[_Section], raw: object, problems: list[str], place: str) -> dict[str, object]:
     """Convert one section key by key, so that each wrong key is reported; returns the good ones."""
     if not isinstance(raw, dict):
-        problems.append(f"{place}: must be a table; begin it with [{place}]")
+        problems.append(f"{place}: must be a table, and only one; begin it with [{place}]")
         return {}
     fields = {f.name: f for f in msgspec.structs.fields(kind)}
     good: dict[str, object] = {}
     for key, value in raw.items():
         if key not in fields:
-            problems.append(f"{place}.{key}: unknown key{_hint(key, list(fields))}")
+            problems.append(f"{place}.{key}: unknown key{hint(key, list(fields))}")
             continue
         if key == "permanent_slots":
             good[key] = _permanent_slots(value, problems, f"{place}.{key}")
             continue
-        converted, wrong = _value(fields[key].type, key, value)
+        converted, wrong = value_of(fields[key].type, key, value)
         if wrong is None:
             good[key] = converted
         else:
@@ -295,8 +265,8 @@ def _permanent_slots(raw: object, problems: list[str], place: str) -> dict[str, 
         return {}
     found: dict[str, dict[str, object]] = {}
     for name, value in raw.items():
-        if not re.match(_SLOT, name):
-            problems.append(f"{place}.{name}: the name is not allowed; must be {WORDS[_SLOT]}")
+        if not re.match(SLOT, name):
+            problems.append(f"{place}.{name}: the name is not allowed; must be {WORDS[SLOT]}")
         if name.startswith(SLOT_PREFIX):
             problems.append(f"{place}.{name}: names that begin with {SLOT_PREFIX} are the members' own slots")
         found[name] = slot = _section(PermanentSlot, value, problems, f"{place}.{name}")
@@ -312,87 +282,23 @@ def _permanent_slots(raw: object, problems: list[str], place: str) -> dict[str, 
     return found
 
 
-def _environment(env: Mapping[str, str], raw: dict[str, object], problems: list[str]) -> None:
-    """Lay HARMONY_<SECTION>_<KEY> and HARMONY_MEMBERS over the file's values."""
-    kinds = {
-        f"HARMONY_{s}_{f.name}".upper(): (s, f)
-        for s, k in SECTIONS.items()
-        for f in msgspec.structs.fields(k)
-    }
-    for variable, text in sorted(env.items()):
-        if (
-            not variable.startswith("HARMONY_")
-            or variable.startswith("HARMONY_DEMO_")
-            or variable == "HARMONY_CONFIG"
-        ):
-            continue
-        if variable == "HARMONY_MEMBERS":
-            raw["members"] = _environment_members(text, problems)
-            continue
-        if variable not in kinds:
-            near = difflib.get_close_matches(variable, [*kinds, "HARMONY_MEMBERS"], 1)
-            problems.append(
-                f"environment: {variable}: unknown" + (f"; did you mean {near[0]}?" if near else "; unset it")
-            )
-            continue
-        section, field = kinds[variable]
-        if field.name == "permanent_slots":
-            problems.append(
-                f"environment: {variable}: tables are for the file: [replication.permanent_slots.NAME]"
-            )
-            continue
-        given: object = [part.strip() for part in text.split(",")] if field.name.endswith("urls") else text
-        value, wrong = _value(field.type, field.name, given, strict=False)
-        table = raw.setdefault(section, {})
-        if isinstance(table, dict) and wrong is None:
-            table[field.name] = value
-        if wrong is not None:
-            problems.append(f"environment: {variable}: {wrong}")
+def load(path: str | Path, env: Mapping[str, str] | None = None, warnings: list[str] | None = None) -> Config:
+    """Read the file and the environment. Raises ConfigError with every problem and its place.
 
-
-def _environment_members(text: str, problems: list[str]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for item in text.split(","):
-        name, equals, address = item.strip().partition("=")
-        host, colon, port = address.rpartition(":")
-        if not (equals and colon and host and port.isascii() and port.isdecimal()) or name in found:
-            problems.append(
-                f"environment: HARMONY_MEMBERS: {item.strip()!r} is not allowed; must be NAME=HOST:PORT "
-                "separated by commas, each name once"
-            )
-            continue
-        found[name] = {"host": host.removeprefix("[").removesuffix("]"), "port": int(port)}
-    return found
-
-
-def read(path: str | Path) -> dict[str, object]:
-    """The file as TOML gives it, nothing checked. Raises ConfigError, with line and column."""
-    try:
-        with Path(path).open("rb") as f:
-            data = f.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ConfigError([f"{path}: longer than {MAX_FILE_BYTES} bytes: no configuration of Harmony"])
-        return dict(tomllib.loads(data.decode()))
-    except OSError as e:
-        raise ConfigError([f"{path}: cannot be read: {e.strerror or e}"]) from e
-    except UnicodeDecodeError as e:
-        raise ConfigError([f"{path}: not UTF-8: {e}"]) from e
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        raise ConfigError([f"{path}: not TOML: {e}"]) from e
-
-
-def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
-    """Read the file and the environment. Raises ConfigError with every problem and its place."""
+    `warnings` is added to: what is no problem, and perhaps not meant.
+    """
     env = os.environ if env is None else env
     problems: list[str] = []
+    ignored = warnings if warnings is not None else []
+    kinds = {name: {f.name: f.type for f in msgspec.structs.fields(k)} for name, k in SECTIONS.items()}
     try:
         raw = read(path)
     except ConfigError as e:
-        _environment(env, {}, problems)
+        lay_over(env, {}, kinds, problems, ignored)
         raise ConfigError(e.problems + problems) from e
-    _environment(env, raw, problems)
+    lay_over(env, raw, kinds, problems, ignored)
     problems.extend(
-        f"{name}: unknown section{_hint(name, [*SECTIONS, 'members'])}"
+        f"{name}: unknown section{hint(name, [*SECTIONS, 'members'])}"
         for name in raw
         if name not in SECTIONS and name != "members"
     )
@@ -409,12 +315,13 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
 def _members(raw: object, problems: list[str]) -> dict[str, dict[str, object]]:
     """By name, also those with problems: their names count."""
     if not isinstance(raw, dict) or not raw:
-        problems.append("members: missing; name each node, such as [members.n1] with host and port")
+        wrong = "missing" if raw == {} else "must be tables with names, and no [[members]] or single value"
+        problems.append(f"members: {wrong}; name each node, such as [members.n1] with host and port")
         return {}
     found: dict[str, dict[str, object]] = {}
     for name, value in raw.items():
-        if not re.match(_NAME, name):
-            problems.append(f"members.{name}: the name is not allowed; must be {WORDS[_NAME]}")
+        if not re.match(NAME, name):
+            problems.append(f"members.{name}: the name is not allowed; must be {WORDS[NAME]}")
         found[name] = _section(MemberAddress, value, problems, f"members.{name}")
     if len(raw) > 32:
         problems.append(f"members: {len(raw)} nodes; at most 32")
@@ -447,7 +354,7 @@ def _together(
     for section, key in (("node", "name"), ("cluster", "preferred_primary")):
         name = values[section].get(key)
         if members and isinstance(name, str) and name not in members:
-            problems.append(f"{section}.{key}: {name} is not in [members]{_hint(name, list(members))}")
+            problems.append(f"{section}.{key}: {name} is not in [members]{hint(name, list(members))}")
     postgresql = values["postgresql"]
     if postgresql.get("run") == "systemd" and postgresql.get("unit") is None:
         problems.append(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import msgspec
 import tomli_w
 
-from harmony.config import SECTIONS, WORDS
+from harmony.config import SECTIONS
+from harmony.config_words import allowed
 from harmony.core.timing import PRESETS
 
 TEXT: dict[str, tuple[str, str]] = {
@@ -215,8 +216,8 @@ TEXT: dict[str, tuple[str, str]] = {
     "postgresql.library_dir": ("LD_LIBRARY_PATH for them", "only for relocated builds"),
     "postgresql.user": ("OS user PostgreSQL runs as", "needed when the supervisor is root"),
     "postgresql.listen_addresses": (
-        "as PostgreSQL's own parameter",
-        "must include what the other members reach",
+        "as PostgreSQL's own parameter; left out: postgresql.conf's counts (localhost where it sets none)",
+        "either must include what the other members reach; set: it overrides postgresql.conf, and that is said",
     ),
     "postgresql.socket_dir": ("folder of PostgreSQL's Unix socket", "the agent's probe connects there"),
     "postgresql.db_user": (
@@ -285,32 +286,9 @@ def parameters() -> list[Parameter]:
                 default = default.value
             meaning, cost = TEXT[f"{section}.{f.name}"]
             unit = "s" if f.name.endswith("_s") else "bytes" if f.name.endswith("_bytes") else ""
-            allowed = _range(msgspec.inspect.type_info(f.type))
-            found.append(Parameter(section, f.name, f.required, default, meaning, cost, unit, allowed))
+            words = allowed(msgspec.inspect.type_info(f.type))
+            found.append(Parameter(section, f.name, f.required, default, meaning, cost, unit, words))
     return found
-
-
-def _range(t: msgspec.inspect.Type) -> str:
-    """What is allowed, from the type itself."""
-    match t:
-        case msgspec.inspect.UnionType(types=types):
-            return " or ".join(_range(one) for one in types if not isinstance(one, msgspec.inspect.NoneType))
-        case msgspec.inspect.LiteralType(values=values):
-            return ", ".join(str(v) for v in values)
-        case msgspec.inspect.BoolType():
-            return "true, false"
-        case msgspec.inspect.IntType(ge=ge, le=le):
-            return f"{ge} to {le}" if le is not None else f"at least {ge}"
-        case msgspec.inspect.FloatType(gt=gt, le=le):
-            return f"above {gt:g}, to {le:g}"
-        case msgspec.inspect.ListType(item_type=item, min_length=low, max_length=high):
-            return f"{low or 0} to {high} of: {_range(item)}"
-        case msgspec.inspect.DictType():
-            return "0 to 32 tables"
-        case msgspec.inspect.StrType(pattern=str(pattern)):
-            return WORDS[pattern]
-        case _:
-            raise TypeError(f"no words for the range of {t}")
 
 
 _FILL = {"cluster.id": "main", "cluster.preferred_primary": "n1", "node.name": "n1"} | {

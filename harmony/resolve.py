@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from harmony import listening
 from harmony.config import Config
 from harmony.errors import ConfigError
 
@@ -100,6 +101,15 @@ def _sql(c: Config, problems: list[str]) -> str:
     except (OSError, UnicodeDecodeError) as e:
         problems.append(f"bootstrap.sql_file: {file}: {e}")
         return ""
+
+
+def warnings(c: Config) -> list[str]:
+    """What works, and perhaps is not meant on this host."""
+    found = []
+    if c.agent.user is None and os.geteuid() == 0:
+        found.append("agent.user: not set: the agent runs as root, and needs no more than an ordinary user")
+    config_file = c.postgresql.config_file or find_config_file(c.postgresql.data_dir) or _to_be_made(c)
+    return found + (listening.warnings(c, config_file) if config_file is not None else [])
 
 
 def resolve(c: Config) -> dict[str, dict[str, object]]:

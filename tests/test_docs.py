@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ import pytest
 from bench.ha import report
 from bench.ha.scenarios import SCENARIOS
 from bench.mutants import RULES
+from harmony.config import SECTIONS
+from harmony.config_text import parameters
 from harmony.core.render import markdown
 from harmony.core.table import TABLE
 from tests.fencer import render_protocol
 
 DOCS = Path(__file__).parents[1] / "docs"
+TEXTS = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+FILES = {"json", "py", "sock", "md", "txt", "toml", "state", "conf", "service", "lock"}
+KEYS = {f"{p.section}.{p.key}" for p in parameters()}
 
 
 def test_states_are_documented(rewrite: bool) -> None:
@@ -81,3 +87,26 @@ def test_each_broken_rule_is_where_it_was() -> None:
     """bench/mutants breaks what stands there: each text once."""
     for rule, file, was, _, _ in RULES:
         assert (DOCS.parent / file).read_text().count(was) == 1, rule
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
+def test_each_parameter_that_is_named_is_there(path: Path) -> None:
+    """B19: who followed docs/rejoin.md was told by config check that there is no such key."""
+    text = path.read_text()
+    named = {
+        f"{section}.{key}"
+        for section, key in re.findall(r"`([a-z]+)\.([a-z_]+)\b(?![(/])", text)
+        if section in SECTIONS and key not in FILES
+    }
+    for block in re.findall(r"(?ms)^```toml\n(.*?)^```", text):
+        tables = tomllib.loads(block.replace("…", ""))
+        named |= {f"{s}.{key}" for s, table in tables.items() if s != "members" for key in table}
+    assert named <= KEYS, sorted(named - KEYS)
+
+
+def test_the_text_of_this_program_names_no_other_parameters() -> None:
+    """The same of what it says: messages are followed, too."""
+    for path in sorted((DOCS.parent / "harmony").rglob("*.py")):
+        said = re.findall(r"\b(?:set|correct|clear|see|or) ([a-z]+)\.([a-z_]+)\b(?![(/])", path.read_text())
+        named = {f"{s}.{k}" for s, k in said if s in SECTIONS and k not in FILES}
+        assert named <= KEYS, (path, sorted(named - KEYS))

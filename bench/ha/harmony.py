@@ -133,6 +133,7 @@ class Harmony:
             "timing": {"preset": self._options.preset},
             "replication": {"mode": "off" if self._options.sync == "off" else "quorum"},
             "postgresql": {
+                "listen_addresses": "*",
                 "data_dir": str(host.folder / "disk" / "data"),
                 "bin_dir": str(pg.bin_dir),
                 "socket_dir": str(host.folder / "disk" / "sock"),
@@ -205,10 +206,10 @@ class Harmony:
         return said
 
     def switch_over(self, _old: str, new: str) -> None:
-        self.control(new, "switchover", "--to", new)
+        self.control(new, "switchover", "--yes", "--to", new)
 
     def attend(self) -> None:
-        self.control(DATABASES[0], "acknowledge")
+        self.control(DATABASES[0], "acknowledge", "--yes")
 
     def store_leader(self) -> str:
         def ask() -> str:

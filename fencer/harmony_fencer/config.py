@@ -72,7 +72,7 @@ class FencerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bin_dir: str
     library_dir: str | None
     port: int
-    listen_addresses: str
+    listen_addresses: str | None  # null: as the user's own configuration says
     socket_dir: str
     members: dict[str, Address]
     replication_user: str

@@ -89,9 +89,9 @@ def _until_dead(c: FencerConfig) -> str:
 
 
 def _same_always(c: FencerConfig) -> dict[str, str]:
-    return {
+    listens = {"listen_addresses": c.listen_addresses} if c.listen_addresses is not None else {}
+    return listens | {
         "port": str(c.port),
-        "listen_addresses": c.listen_addresses,
         "unix_socket_directories": c.socket_dir,
         "hot_standby": "on",
         "wal_log_hints": "on",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from harmony.agent.fencer import FencerClient
 from harmony.core.messages import (
     Event,
     FencerSeen,
@@ -24,7 +25,7 @@ from harmony.core.messages import (
 )
 from harmony.core.sync import HOLD, Rule
 from harmony.errors import FencerUnavailable
-from harmony.fencer_client import FencerClient, protocol
+from harmony.fencer_client import protocol
 
 ANSWER_S = 0.5
 WATCH_MS = 500

@@ -2,7 +2,8 @@
 
 The order is the promise, as in the fencer: write the new file, fsync it, rename it over the old one, fsync the
 folder. A crash between any two steps leaves the old content or the new. A missing file is a first start; one that
-cannot be believed is *damage*, never less than was seen. It decides nothing, and nobody waits for its disk.
+cannot be believed is *damage*, never less than was seen; one of another cluster.id keeps this node from taking part
+until an operator moves it. It decides nothing, and nobody waits for its disk.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ REAL = RealDisk()
 
 
 class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file's content. Another cluster's marks mean nothing here."""
+    """The file's content. Another cluster's marks mean nothing here, but that there are some does."""
 
     cluster_id: str
     marks: Marks
@@ -125,7 +126,7 @@ def load(folder: Path, cluster_id: str) -> Remembered:
         return Remembered(Marks(), f"{path}: {e}")
     if stored.cluster_id != cluster_id:
         log.warning("what was remembered is of another cluster", path=str(path), cluster=stored.cluster_id)
-        return Remembered(Marks())
+        return Remembered(Marks(), was_in=stored.cluster_id)
     return Remembered(stored.marks)
 
 

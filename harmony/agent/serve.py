@@ -32,7 +32,7 @@ class Answering(Protocol):
     """What the socket speaks for."""
 
     def status(self) -> StatusReply: ...
-    def accept(self, create: bool, who: str) -> AcceptReply | ErrorReply: ...
+    def accept(self, create: bool, who: str, leave: str) -> AcceptReply | ErrorReply: ...
 
 
 def bind(path: Path) -> trio.SocketListener:
@@ -61,7 +61,7 @@ def answer(line: bytes, uid: int, agent: Answering) -> StatusReply | AcceptReply
         return ErrorReply(
             f"not permitted for uid {uid}: only root and the agent's own user may accept a store"
         )
-    return agent.accept(query.create, query.who)
+    return agent.accept(query.create, query.who, query.leave)
 
 
 async def serve(listener: trio.SocketListener, agent: Answering) -> None:

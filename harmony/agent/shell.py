@@ -110,6 +110,7 @@ class Shell:
         self._survey = world.survey
         self._memory = world.memory
         self._damage = world.remembered.damage
+        self._was_in = world.remembered.was_in
         self._say = world.say
         self._view: View = initial(me)
         self._events: list[Event] = [world.remembered]  # before all that the store shows
@@ -360,15 +361,28 @@ class Shell:
         """Whether PostgreSQL here is, as far as this agent knows, the writable primary."""
         return self._view.state in WRITABLE_STATES | {State.PROMOTING}
 
-    def accept(self, create: bool, who: str) -> AcceptReply | ErrorReply:
-        """An operator takes the store as it is: the core is told. Refused where there is nothing to accept."""
+    def accept(self, create: bool, who: str, leave: str) -> AcceptReply | ErrorReply:
+        """An operator takes the store as it is: the core is told. Refused where there is nothing to accept.
+
+        Data of another cluster founds or joins this one only where that cluster is named as `leave`.
+        """
         v, facts = self._view, self._facts
         why = distrust(v)
+        if leave != self._was_in:
+            was = (
+                f"was in cluster {self._was_in}"
+                if self._was_in
+                else f"has not been in another than {self._me.cluster_id}"
+            )
+            return ErrorReply(
+                f"is cluster.id right? {self._me.node} {was}, not {leave or self._me.cluster_id}"
+            )
         if not why and v.cluster is not None:
             return ErrorReply(f"nothing to accept: {self._me.node} does not distrust the store")
         what = f"{facts.lineage or 'no bucket'}" if facts is not None else "not looked at yet"
         seen = f"revision {v.marks.revision}, term {v.marks.term}" if v.marks.revision else "nothing"
         log.warning("an operator accepts the store", who=who, create=create, store=what, seen=seen, why=why)
+        self._was_in = ""
         if create:
             self._store.allow_creation()
         self.post(Accepted(create))
@@ -383,7 +397,7 @@ class Shell:
             shown = Shown(seen.revision, term, primary, (now_ns - at_ns) / NS)
         facts = self._facts or StoreFacts("", "")
         memory = self._memory.failure or self._damage
-        return StoreView(facts.lineage, facts.problem, self._view.marks, shown, memory)
+        return StoreView(facts.lineage, facts.problem, self._view.marks, shown, memory, self._was_in)
 
     def _changes(self) -> int:
         v = self._view

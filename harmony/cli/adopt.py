@@ -6,7 +6,6 @@ nothing, and changes nothing in PostgreSQL: agent and fencer do the rest once Ha
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -15,11 +14,11 @@ import time
 
 import click
 import msgspec
-import structlog
 import trio
 
 from harmony.adoption import Findings, look_at_members, look_at_store, look_here
 from harmony.cli.control import CALL_S, Impossible, connected, with_store
+from harmony.cli.terminal import NOT_CONFIRMED, confirmed
 from harmony.cli.where import who
 from harmony.config import Config
 from harmony.core.states import WRITABLE_STATES
@@ -139,9 +138,9 @@ async def _adopt(config: Config, without: tuple[str, ...], dry_run: bool, yes: b
         if dry_run:
             return 0
         click.echo(RISKS)
-        if not yes and not (sys.stdin.isatty() and click.confirm("Have Harmony take this PostgreSQL over?")):
+        if not confirmed("Have Harmony take this PostgreSQL over?", yes=yes):
             click.echo("not adopted (answer yes, or give --yes)", err=True)
-            return 2
+            return NOT_CONFIRMED
         judged = ask_fencer(config, "--permit-adoption", who())
         if judged.problems:
             raise Impossible("; ".join(judged.problems))
@@ -157,18 +156,22 @@ async def _adopt(config: Config, without: tuple[str, ...], dry_run: bool, yes: b
     "--wait/--no-wait", default=True, help="Tell what becomes of it until it is led (Ctrl-C harms nothing)."
 )
 @click.option("--yes", is_flag=True, help="Answer the question with yes.")
+@click.option("--verbose", is_flag=True, help="Say on standard error what happens to the connection.")
 @click.option("--config", "config_file", help="The node's configuration file.")
 def adopt(
-    without: tuple[str, ...], dry_run: bool, withdraw: bool, wait: bool, yes: bool, config_file: str | None
+    without: tuple[str, ...],
+    dry_run: bool,
+    withdraw: bool,
+    wait: bool,
+    yes: bool,
+    verbose: bool,
+    config_file: str | None,
 ) -> None:
-    """Have Harmony lead the PostgreSQL primary that runs on this host, without a restart.
+    """Lead the PostgreSQL primary that runs here, without a restart.
 
     First start Harmony on the standbys' hosts, then run this as root where the primary runs, then start Harmony here.
-    Exit 0: done (with --dry-run: possible). 1: not, with the reasons. 2: not confirmed. 78: configuration.
+    Exit 0: done (with --dry-run: possible). 1: not, with the reasons. 2: not confirmed. 64: usage. 78: configuration.
     """
-
-    # A store without a bucket is nothing strange here; what is wrong is said in words.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
     async def act(config: Config) -> int:
         if os.geteuid() != 0 and config.postgresql.user is not None:
@@ -184,4 +187,4 @@ def adopt(
         except ConfigError as e:
             raise Impossible("; ".join(e.problems)) from e
 
-    sys.exit(with_store(config_file, act))
+    sys.exit(with_store(config_file, act, verbose=verbose))

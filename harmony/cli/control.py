@@ -6,7 +6,7 @@ and waits for everything with a bound.
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,8 +15,10 @@ from typing import TypeVar
 
 import click
 import msgspec
+import structlog
 import trio
 
+from harmony.cli import where
 from harmony.config import Config, load
 from harmony.decoding import Unreadable
 from harmony.errors import EXIT_CONFIG, ConfigError, SequenceMismatch, StoreError, StoreUnavailable
@@ -35,7 +37,6 @@ from harmony.store.interface import Entry, Store
 CONNECT_S = 5.0
 CALL_S = 2.0
 TRIES = 5
-DEFAULT_CONFIG = "/etc/harmony/harmony.toml"
 
 T = TypeVar("T")
 Edit = Callable[[Control, ClusterState], Control]
@@ -111,21 +112,17 @@ async def connected(config: Config, *, new: bool = False) -> AsyncIterator[Store
         yield store
 
 
-async def _change(config: Config, edit: Edit) -> Control:
-    async with connected(config) as store:
-        return await change(store, edit)
+def with_store(config_file: str | None, act: Callable[[Config], Awaitable[T]], *, verbose: bool = False) -> T:
+    """Run `act` on the configuration; ends the process with a message where it fails.
 
-
-def carry_out(config_file: str | None, edit: Edit) -> Control:
-    """Change `control` of the configured cluster; ends the process with a message where that fails."""
-    return with_store(config_file, lambda config: _change(config, edit))
-
-
-def with_store(config_file: str | None, act: Callable[[Config], Awaitable[T]]) -> T:
-    """Run `act` on the configuration; ends the process with a message where it fails."""
-    file = config_file or os.environ.get("HARMONY_CONFIG", DEFAULT_CONFIG)
+    What the store's connection logs goes to standard error, and only where it is asked for: results stand alone.
+    """
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.CRITICAL),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
     try:
-        config = load(file)
+        config = load(where.config_file(config_file))
     except ConfigError as e:
         click.echo("\n".join(e.problems), err=True)
         sys.exit(EXIT_CONFIG)
@@ -141,17 +138,3 @@ def _first(group: BaseExceptionGroup[Exception]) -> str:
     while isinstance(e, BaseExceptionGroup):
         e = e.exceptions[0]
     return str(e)
-
-
-@click.command()
-@click.option("--config", "config_file", help="The node's configuration file.")
-def acknowledge(config_file: str | None) -> None:
-    """The changes of leadership so far have been looked into: automatic failover goes on. From any node."""
-
-    def edit(control: Control, cluster: ClusterState) -> Control:
-        return msgspec.structs.replace(control, acknowledged=max(control.acknowledged, cluster.term))
-
-    control = carry_out(config_file, edit)
-    click.echo(
-        f"acknowledged: changes of leadership up to term {control.acknowledged} are not counted any more"
-    )

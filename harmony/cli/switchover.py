@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from harmony.cli.control import CALL_S, Impossible, change, cluster_entry, connected, with_store
+from harmony.cli.terminal import NOT_CONFIRMED, confirmed, say
 from harmony.cli.where import who
 from harmony.config import Config
 from harmony.core.observe import behind_by, best_of, unfit_by
@@ -112,7 +113,7 @@ async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> s
         try:
             entry = await store.get(CLUSTER_STATE, timeout_s=CALL_S)
         except StoreUnavailable as e:
-            click.echo(f"  store: {e}", err=True)
+            say(f"  store: {e}", err=True)
             entry = None
         if entry is not None:
             try:
@@ -129,7 +130,7 @@ async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> s
                 now += f", has named {c.successor}"
             if now != told:
                 told = now
-                click.echo(f"  {now}")
+                say(f"  {now}")
         await trio.sleep(LOOK_S)
     raise Impossible(
         f"no outcome within {bound_s(t):g} s (last: {told}); the request stays valid for term {term}: "
@@ -137,7 +138,14 @@ async def follow(store: Store, t: Timing, term: int, to: str, request: str) -> s
     )
 
 
-async def _switch(config: Config, to: str | None, dry_run: bool) -> int:
+def wished(control: Control, now: ClusterState, seen: ClusterState, wish: Switchover) -> Control:
+    """With the request; of what was seen when it was asked for. Raises Impossible where that is over. Pure."""
+    if (now.term, now.primary) != (seen.term, seen.primary):
+        raise Impossible(f"leadership has changed meanwhile: {now.primary or 'nobody'}, term {now.term}")
+    return msgspec.structs.replace(control, switchover=wish)
+
+
+async def _switch(config: Config, to: str | None, dry_run: bool, yes: bool) -> int:
     names = tuple(config.members)
     async with connected(config) as store:
         picture = await look(store, config)
@@ -148,34 +156,34 @@ async def _switch(config: Config, to: str | None, dry_run: bool) -> int:
                 click.echo(f"  {name}: {picture.obstacle(name) or 'could take over'}")
         chosen = picture.plan(names, to)
         click.echo(
-            f"{'would hand' if dry_run else 'handing'} over from {c.primary} to {chosen}: {c.primary} names it, "
+            f"would hand over from {c.primary} to {chosen}: {c.primary} names it, "
             "shuts its PostgreSQL down cleanly once it has confirmed (clients are disconnected), and goes on as "
             "its standby"
         )
         if dry_run:
             return 0
+        if not confirmed(f"Hand {c.cluster_id} over from {c.primary} to {chosen}?", yes=yes):
+            click.echo("not handed over (answer yes, or give --yes)", err=True)
+            return NOT_CONFIRMED
+        say("handing over")
         request, began = uuid.uuid4().hex, time.monotonic()
 
-        def edit(control: Control, now: ClusterState) -> Control:
-            if (now.term, now.primary) != (c.term, c.primary):
-                raise Impossible(
-                    f"leadership has changed meanwhile: {now.primary or 'nobody'}, term {now.term}"
-                )
-            return msgspec.structs.replace(control, switchover=Switchover(request, chosen, c.term, who()))
-
-        await change(store, edit)
+        wish = Switchover(request, chosen, c.term, who())
+        await change(store, lambda control, now: wished(control, now, c, wish))
         ended = await follow(store, config.timing, c.term, chosen, request)
-        click.echo(f"done after {time.monotonic() - began:.1f} s: {ended}")
+        say(f"done after {time.monotonic() - began:.1f} s: {ended}")
     return 0
 
 
 @click.command()
 @click.option("--to", metavar="NODE", help="Who shall lead; else the one with the most WAL.")
 @click.option("--dry-run", is_flag=True, help="Only say who could take over, and what would be done.")
+@click.option("--yes", is_flag=True, help="Answer the question with yes.")
+@click.option("--verbose", is_flag=True, help="Say on standard error what happens to the connection.")
 @click.option("--config", "config_file", help="The node's configuration file.")
-def switchover(to: str | None, dry_run: bool, config_file: str | None) -> None:
+def switchover(to: str | None, dry_run: bool, yes: bool, verbose: bool, config_file: str | None) -> None:
     """Hand leadership over, planned: nothing is lost, and on a failed step the primary leads on. From any node.
 
-    Exit 0: done (or, with --dry-run, possible). 1: not done, with the reason. 78: the configuration is wrong.
+    Exit 0: done (with --dry-run: possible). 1: not, with the reason. 2: not confirmed. 64: usage. 78: configuration.
     """
-    sys.exit(with_store(config_file, lambda config: _switch(config, to, dry_run)))
+    sys.exit(with_store(config_file, lambda config: _switch(config, to, dry_run, yes), verbose=verbose))

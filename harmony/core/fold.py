@@ -334,6 +334,11 @@ def _store_seen(v: View, e: StoreSeen) -> View:
 
 
 def _remembered(v: View, e: Remembered) -> View:
+    if e.was_in:
+        why = f"is cluster.id right? This node was in cluster {e.was_in}"
+        return replace(
+            v, distrust=f"{why}; correct cluster.id, or see docs/store.md on moving a node to another cluster"
+        )
     if e.damage:
         return replace(v, distrust=f"what this node remembers of the store cannot be trusted: {e.damage}")
     if e.marks.revision > v.marks.revision:

@@ -122,15 +122,19 @@ class Marks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """At the agent's start: what its disk holds; `damage` says why it could not be read."""
+    """At the agent's start: what its disk holds; `damage` says why it could not be read.
+
+    `was_in`: the other cluster that this node's data belonged to. Until it is moved, this store is not its own.
+    """
 
     marks: Marks
     damage: str = ""
+    was_in: str = ""
 
     @property
     def of_nothing(self) -> bool:
         """No store's history was ever seen, or an operator has accepted its loss: who finds none may begin one."""
-        return not (self.damage or self.marks.revision or self.marks.lineage)
+        return not (self.damage or self.was_in or self.marks.revision or self.marks.lineage)
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,14 @@ def _activated_sick(o: Observation) -> bool:
     return o.order_op == "activate" and o.order == "done" and o.sick != ""
 
 
+def _distrusted(o: Observation) -> str:
+    return f"({o.distrust})" if o.distrust else ""
+
+
+def _foreign(o: Observation) -> str:
+    return f"{o.foreign} {_distrusted(o)}".rstrip()
+
+
 def _unproven_why(o: Observation) -> str:
     left = "what is left never runs again" if o.spent else "PostgreSQL may still be writing"
     return f"{left} {_order_why(o)}"
@@ -344,20 +352,20 @@ def _leader_rows(base: int, state: State, down: State, aside: State) -> tuple[Ro
 
 TABLE: tuple[Row, ...] = (
     # -------------------------------------------------------------- primary workflow
-    _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
-    _row(102, S.P_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.P_INITIALIZING, "waiting for the fencer and a first look at the store"),
+    _row(100, S.P_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.P_INITIALIZING, "must not go on:", "fatal", detail=_foreign),
+    _row(102, S.P_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.P_INITIALIZING, "waiting for the fencer and a first look at the store", detail=_distrusted),
     _row(104, S.P_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.HEALTHY, "restarted as the recorded primary with the lease in force: resuming at once"),
     _row(105, S.P_INITIALIZING, "recorded primary is me, to be adopted", lambda o: o.leads == "me" and o.adopting, S.ADOPTING, "recorded primary, whose running PostgreSQL is to be taken over"),
     _row(106, S.P_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.P_FAILED, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
     _row(108, S.P_INITIALIZING, "recorded primary is me, database unknown", lambda o: o.leads == "me", S.P_INITIALIZING, "recorded primary: waiting for the database's answer"),
     _row(110, S.P_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.YIELDING, "another node leads, or the place is vacant: yielding"),
     _row(111, S.P_INITIALIZING, "empty store, distrusted", lambda o: o.leads == "nobody_yet" and o.distrust != "", S.P_INITIALIZING, "ALARM, not founding a cluster:", detail=lambda o: o.distrust),
-    _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not (o.virgin or o.may_found), S.P_INITIALIZING, "distrust: the store is empty but this node has accepted terms before; restore the store, or harmonyctl store accept --found"),
+    _row(112, S.P_INITIALIZING, "empty store, but terms seen here", lambda o: o.leads == "nobody_yet" and not (o.virgin or o.may_found), S.P_INITIALIZING, "is cluster.id right? The store is empty, but this node has accepted terms before: correct cluster.id, or restore the store; the last way out is harmonyctl store accept --found"),
     _row(113, S.P_INITIALIZING, "empty store, no data to found with", lambda o: o.leads == "nobody_yet" and o.cannot_found != "", S.P_INITIALIZING, "new cluster, not founding it:", detail=lambda o: o.cannot_found),
     _row(114, S.P_INITIALIZING, "empty store, latched", lambda o: o.leads == "nobody_yet" and (o.latched or not o.trusted), S.P_INITIALIZING, "new cluster, but this node is latched or its fencer's state untrusted: not claiming it"),
     _row(115, S.P_INITIALIZING, "empty store, PostgreSQL runs", lambda o: o.leads == "nobody_yet" and o.postgres_up and not (o.adopting or o.may_found), S.P_INITIALIZING, "new cluster, and PostgreSQL runs here as somebody's standby: not founding it; harmonyctl adopt where the primary runs, or stop PostgreSQL here"),
     _row(116, S.P_INITIALIZING, "empty store, virgin node or founder", lambda o: o.leads == "nobody_yet" and o.identified and not o.writing and o.may_claim, S.P_INITIALIZING, "new cluster: claiming its first term", "create"),
-    _row(150, S.ADOPTING, "something foreign", lambda o: o.foreign is not None, S.ADOPTING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
+    _row(150, S.ADOPTING, "something foreign", lambda o: o.foreign is not None, S.ADOPTING, "must not go on:", "fatal", detail=_foreign),
     _row(152, S.ADOPTING, "activate done, writable, rule in force", lambda o: o.order_op == "activate" and o.order == "done" and o.granted and o.db == "primary" and o.sync_shown, S.HEALTHY, "adopted: the running PostgreSQL is led under a lease"),
     _row(154, S.ADOPTING, "activate accepted, and failed", lambda o: o.order_op == "activate" and o.order == "failed" and not o.adopting, S.P_FAILED, "taking over failed; fencing", "fence", detail=_order_why),
     _row(156, S.ADOPTING, "activated", lambda o: o.order_op == "activate" and o.leads == "me" and not (o.lost or o.adopting), S.ADOPTING, "under a lease: waiting until PostgreSQL shows the synchronous rule"),
@@ -394,8 +402,9 @@ TABLE: tuple[Row, ...] = (
     _row(509, S.YIELDING, "follow failed, pause", lambda o: o.leads in {"other", "vacant"} and _waits(o), S.YIELDING, "PostgreSQL could not be made a standby, which is tried again:", detail=_order_why),
     _row(510, S.YIELDING, "follow done but not running", lambda o: o.leads in {"other", "vacant"} and o.order == "done" and not o.following_right and o.may_order and o.may_follow, S.YIELDING, "not running as a standby: ordering it again", "follow"),
     # -------------------------------------------------------------- replica workflow
-    _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
-    _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store"),
+    _row(600, S.R_INITIALIZING, "something foreign", lambda o: o.foreign is not None, S.R_INITIALIZING, "must not go on:", "fatal", detail=_foreign),
+    _row(602, S.R_INITIALIZING, "fencer silent or store unread", lambda o: not o.fencer_known or o.leads == "unread", S.R_INITIALIZING, "waiting for the fencer and a first look at the store", detail=_distrusted),
+    _row(603, S.R_INITIALIZING, "empty store, distrusted", lambda o: o.leads == "nobody_yet" and o.distrust != "", S.R_INITIALIZING, "ALARM, no new cluster is waited for:", detail=lambda o: o.distrust),
     _row(604, S.R_INITIALIZING, "recorded primary is me, lease in force, writable", _may_resume, S.LEADER, "restarted as the recorded primary with the lease in force: resuming at once"),
     _row(605, S.R_INITIALIZING, "recorded primary is me, to be adopted", lambda o: o.leads == "me" and o.adopting, S.ADOPTING, "recorded primary, whose running PostgreSQL is to be taken over"),
     _row(606, S.R_INITIALIZING, "recorded primary is me", lambda o: o.leads == "me" and o.db != "unknown", S.DEMOTING, "recorded primary, but not provably writing under a lease: fencing before recovery", "fence"),
@@ -404,7 +413,7 @@ TABLE: tuple[Row, ...] = (
     _row(609, S.R_INITIALIZING, "empty store, founder", lambda o: o.leads == "nobody_yet" and o.may_found and o.identified and not o.distrust and not o.latched and o.trusted and not o.writing and o.may_claim, S.R_INITIALIZING, "an operator lets this node found the cluster anew", "create"),
     _row(610, S.R_INITIALIZING, "empty store", lambda o: o.leads == "nobody_yet", S.R_INITIALIZING, "new cluster: waiting for the preferred primary to claim its first term"),
     _row(612, S.R_INITIALIZING, "another leads, or vacancy", lambda o: o.leads in {"other", "vacant"}, S.WATCHING, "another node leads, or the place is vacant: watching"),
-    _row(700, S.WATCHING, "something foreign", lambda o: o.foreign is not None, S.WATCHING, "must not go on:", "fatal", detail=lambda o: str(o.foreign)),
+    _row(700, S.WATCHING, "something foreign", lambda o: o.foreign is not None, S.WATCHING, "must not go on:", "fatal", detail=_foreign),
     _row(701, S.WATCHING, "nothing known of the store", lambda o: o.leads in {"unread", "nobody_yet"}, S.R_INITIALIZING, "the store was accepted as it is: looking at it anew"),
     _row(702, S.WATCHING, "heartbeats failing", lambda o: o.failing, S.R_FAILED, "own heartbeats failed up to the threshold: what we know is old; no promotion from here"),
     _row(704, S.WATCHING, "latched", lambda o: o.latched or not o.trusted, S.WATCHING, "latched by an operator, or the fencer's state is untrusted: no promotion"),

@@ -30,15 +30,23 @@ EXIT_SETUP = 2
 EXIT_INTERRUPTED = 130
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _ignore() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    _ignore()  # a closed terminal sends more than one, and stopping everything must not be interrupted
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _handled(action: signal.Handlers | None) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt (None) or do `action`; as before afterwards."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, action or _interrupt) for number in numbers}
+def _interruptible() -> Iterator[None]:
+    """The first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, more do nothing; as before afterwards."""
+    before = {number: signal.signal(number, _interrupt) for number in ENDING}
     try:
         yield
     finally:
@@ -80,11 +88,8 @@ def _keep(cluster: Cluster, view: View) -> None:
 
 
 def _remove(cluster: Cluster | None, base: Path, keep_logs: bool, view: View) -> None:
-    """Stop everything; remove the directory, or only the data when its logs are still wanted."""
-    left = []
-    if cluster is not None:
-        view.say("Stopping everything")
-        left = cluster.stop()
+    """Stop everything; remove the directory, or only the data when its logs are still wanted. First done, then said."""
+    left = cluster.stop() if cluster is not None else []
     if left:
         view.say(f"These processes would not end: {left}; their files stay in {base}")
         return
@@ -102,27 +107,30 @@ def run_demo(scenario: Scenario, preset: str, keep: bool, view: View) -> tuple[i
     cluster: Cluster | None = None
     result: Result | None = None
     code = EXIT_SETUP
-    try:
-        with view, _handled(None):
-            cluster = Cluster.prepare(preset, base)
-            view.watch(cluster)
-            cluster.start(view.say)
-            result = Run(cluster, scenario, view.say, view.tick).measure()
-            code = EXIT_OK if result.ok else EXIT_NOT_OK
-            view.close()
-            for line in summary(result).splitlines():
-                view.say(line)
-            if keep:
-                _keep(cluster, view)
-    except SetupError as error:
-        code = EXIT_SETUP
-        view.say(f"The demo could not be carried out: {error}")
-    except KeyboardInterrupt:
-        code = code if keep and result is not None else EXIT_INTERRUPTED
-        view.say("Interrupted")
-    finally:
-        view.close()
-        with _handled(signal.SIG_IGN):
+    with _interruptible():
+        try:
+            with view:
+                cluster = Cluster.prepare(preset, base)
+                view.watch(cluster)
+                cluster.start(view.say)
+                result = Run(cluster, scenario, view.say, view.tick).measure()
+                code = EXIT_OK if result.ok else EXIT_NOT_OK
+                view.close()
+                for line in summary(result).splitlines():
+                    view.say(line)
+                if keep:
+                    _keep(cluster, view)
+        except SetupError as error:
+            code = EXIT_SETUP
+            view.end()
+            view.say(f"The demo could not be carried out: {error}")
+        except KeyboardInterrupt:
+            code = code if keep and result is not None else EXIT_INTERRUPTED
+            view.end()
+            view.say("Interrupted: stopping everything")
+        finally:
+            _ignore()
+            view.end()
             _remove(cluster, base, code in {EXIT_NOT_OK, EXIT_SETUP}, view)
     return code, result
 

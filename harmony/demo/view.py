@@ -1,12 +1,15 @@
 """Shows a running demo: a live table on a terminal, plain lines with the time otherwise.
 
-It asks the agents' admin sockets for their state and changes nothing.
+It asks the agents' admin sockets for their state and changes nothing. Who cannot be shown anything any more (a closed
+terminal, a pipe that nobody reads) has gone: the first attempt says so like Ctrl-C, and from then on it is silent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -33,10 +36,11 @@ class View:
         self._next = 0.0
         self._lines: list[str] = []
         self._live: Live | None = None if plain else Live(console=console, auto_refresh=False)
+        self._gone = self._ending = False
 
     def __enter__(self) -> View:
         if self._live is not None:
-            self._live.start()
+            self._show(self._live.start)
         return self
 
     def __exit__(
@@ -46,9 +50,15 @@ class View:
 
     def close(self) -> None:
         """End the live table (its last picture stays); plain lines from here on."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()
+
+    def end(self) -> None:
+        """What is still said is said to whoever is there; nobody there interrupts nothing."""
+        self._ending = True
+        self.close()
 
     def watch(self, cluster: Cluster) -> None:
         """The cluster whose nodes the table shows."""
@@ -58,10 +68,10 @@ class View:
         """One sentence, with the seconds since the start."""
         line = f"{self._clock() - self._began:7.2f} s  {sentence}"
         if self._live is None:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._show(lambda: self._console.print(line, markup=False, highlight=False, soft_wrap=True))
             return
         self._lines = [*self._lines, line][-LINES_KEPT:]
-        self._live.update(self._picture(), refresh=True)
+        self._refresh()
 
     def tick(self, rows: int) -> None:
         """Refresh the table, at most every REFRESH_S seconds."""
@@ -69,7 +79,22 @@ class View:
         if self._live is None or self._clock() < self._next:
             return
         self._next = self._clock() + REFRESH_S
-        self._live.update(self._picture(), refresh=True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._show(partial(self._live.update, self._picture(), refresh=True))
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """Raises KeyboardInterrupt where nobody is there any more, once and not while ending."""
+        if self._gone:
+            return
+        try:
+            write()
+        except OSError as e:
+            self._gone = True
+            if not self._ending:
+                raise KeyboardInterrupt from e
 
     def _picture(self) -> Group:
         table = Table(title=f"Harmony demo: {self._rows} rows acknowledged")

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from harmony_supervisor.notify import Notifier
+from harmony_supervisor.ownership import give
 
 EXIT_CONFIG = 78
 EXIT_LOCKED = 75
@@ -40,8 +41,8 @@ def _resolved(process: subprocess.Popen[str]) -> dict[str, dict[str, object]]:
         process.kill()
         sys.stderr.write(f"harmony-supervisor: the configuration was not resolved within {RESOLVE_S:g} s\n")
         sys.exit(1)
+    sys.stderr.write(err)  # warnings, too
     if process.returncode != 0:
-        sys.stderr.write(err)
         sys.exit(EXIT_CONFIG if process.returncode == EXIT_CONFIG else 1)
     resolved: dict[str, dict[str, object]] = json.loads(out)
     return resolved
@@ -57,6 +58,13 @@ def _write(path: Path, value: object, mode: int) -> None:
     temporary.rename(path)
 
 
+def _owner(user: pwd.struct_passwd | None) -> tuple[int, int] | None:
+    """Whose the agent's folders are. None: ours, as only root can give them away."""
+    if os.geteuid() != 0:
+        return None
+    return (user.pw_uid, user.pw_gid) if user is not None else (0, 0)
+
+
 def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     run_dir.chmod(0o755)
@@ -65,8 +73,8 @@ def _folders(run_dir: Path, state_dir: Path, owner: tuple[int, int] | None) -> N
     (run_dir / "agent").mkdir(exist_ok=True)
     (state_dir / "agent").mkdir(mode=0o700, exist_ok=True)
     if owner is not None:
-        os.chown(run_dir / "agent", *owner)
-        os.chown(state_dir / "agent", *owner)
+        give(run_dir / "agent", *owner)
+        give(state_dir / "agent", *owner)
 
 
 def _steady() -> None:
@@ -107,7 +115,7 @@ def main() -> None:
     run_dir, state_dir = Path(str(s["run_dir"])), Path(str(s["state_dir"]))
     user = pwd.getpwnam(str(s["agent_user"])) if s["agent_user"] is not None and os.geteuid() == 0 else None
     try:
-        _folders(run_dir, state_dir, (user.pw_uid, user.pw_gid) if user is not None else None)
+        _folders(run_dir, state_dir, _owner(user))
         held = _lock(run_dir) if not options.boot_fence else -1
         if held is None:
             sys.stderr.write(

@@ -17,6 +17,7 @@ from harmony_supervisor.supervisor import Settings, Supervisor
 
 FENCER_PING_SHARE = 0.18  # of fence_timeout: the second look after a hang comes just past the share below
 FENCER_HUNG_SHARE = 0.35
+log = structlog.get_logger("supervisor")
 
 
 def _configure_logging(form: str, node: str) -> None:
@@ -45,6 +46,10 @@ def run(
     """Until asked to stop, or until going on would be wrong; the exit code. `user`: the agent's, if not ours."""
     s = resolved["supervisor"]
     _configure_logging(str(s["log_format"]), str(s["node"]))
+    if user is None and os.geteuid() == 0:
+        log.warning(
+            "the agent runs as root", what_to_do="name an unprivileged user in agent.user; it needs no more"
+        )
     fence_timeout_s = float(str(s["fence_timeout_s"]))
     lease_s = float(str(resolved["fencer"]["lease_s"]))
     fencer = Spec(

@@ -28,7 +28,8 @@ from harmony.core.messages import (
 )
 from harmony.core.sync import HOLD, Rule
 from harmony.errors import FencerUnavailable
-from harmony.fencer_client import FencerClient, call, protocol
+from harmony.agent.fencer import FencerClient
+from harmony.fencer_client import call, protocol
 from harmony_fencer.protocol import Generation, Latch, OrderRecord, SyncRule, SyncTold
 
 STATUS = protocol.Status(

@@ -72,7 +72,15 @@ def test_round_trip(tmp_path: Path) -> None:
     memory.save(tmp_path, Stored("c", NEW))
     assert memory.load(tmp_path, "c") == Remembered(NEW)
     assert (tmp_path / memory.NAME).stat().st_mode & 0o077 == 0
-    assert memory.load(tmp_path, "another") == NOTHING
+
+
+def test_the_cluster_that_the_data_was_in_is_remembered(tmp_path: Path) -> None:
+    """I1: another cluster.id is no first start: nothing is founded, and no bucket is made."""
+    memory.save(tmp_path, Stored("main", NEW))
+    found = memory.load(tmp_path, "mian")
+    assert found == Remembered(Marks(), was_in="main")
+    assert not found.of_nothing
+    assert memory.load(tmp_path, "main") == Remembered(NEW)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -34,7 +34,7 @@ class Agent:
     def status(self) -> StatusReply:
         return R
 
-    def accept(self, create: bool, who: str) -> AcceptReply | ErrorReply:
+    def accept(self, create: bool, who: str, leave: str) -> AcceptReply | ErrorReply:
         self.accepted.append((create, who))
         return AcceptReply("all of it")
 

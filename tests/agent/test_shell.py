@@ -132,12 +132,12 @@ async def test_what_was_seen_is_kept_and_compared_at_the_next_start(config: Conf
         shown = r.shell.status().myself.store
         assert (shown.lineage, shown.marks.lineage) == ("memory-2", "memory-1")
         assert memory.load(tmp_path, "c1").marks == found
-        reply = r.shell.accept(create=False, who="somebody")
+        reply = r.shell.accept(create=False, who="somebody", leave="")
         assert isinstance(reply, AcceptReply)
         assert "memory-2" in reply.accepted
         await r.until(lambda: not r.shell.status().myself.distrust)
         await r.until(lambda: memory.load(tmp_path, "c1").marks.lineage == "memory-2")
-        again = r.shell.accept(create=False, who="somebody")
+        again = r.shell.accept(create=False, who="somebody", leave="")
         assert isinstance(again, ErrorReply)
         assert "nothing to accept" in again.error
 
@@ -149,7 +149,7 @@ async def test_a_damaged_memory_is_an_alarm_until_it_is_accepted(config: Config,
         await r.put(CLUSTER_STATE, encode(LEADS))
         await r.until(lambda: r.shell.status().myself.distrust)
         assert str(tmp_path / memory.NAME) in r.shell.status().myself.store.memory
-        r.shell.accept(create=False, who="somebody")
+        r.shell.accept(create=False, who="somebody", leave="")
         await r.until(lambda: memory.load(tmp_path, "c1").marks.term == LEADS.term)
         await r.until(lambda: not r.shell.status().myself.store.memory)
 
@@ -196,10 +196,10 @@ async def test_a_store_that_is_gone_is_made_anew_only_where_it_is_to_be_founded(
     remembered = Remembered(Marks(3, 7, "a", "memory-1"))
     async with running(config, tmp_path, MemoryServer(missing=True), remembered) as r:
         await r.until(lambda: "is gone" in r.shell.status().myself.distrust)
-        r.shell.accept(create=False, who="somebody")
+        r.shell.accept(create=False, who="somebody", leave="")
         await trio.sleep(0.2)
         assert r.server.missing
-        r.shell.accept(create=True, who="somebody")
+        r.shell.accept(create=True, who="somebody", leave="")
         assert not r.server.missing
         await r.until(lambda: r.shell.status().myself.store.lineage == "memory-2")
 
@@ -244,3 +244,28 @@ async def test_why_the_probe_fails_stands_in_the_journal_once(config: Config, tm
                     await trio.sleep(0.02)
     told = [e["why"] for e in logs if e["event"] == "PostgreSQL does not answer the probe"]
     assert [why for why in told if why in whys] == whys
+
+
+@pytest.mark.parametrize("named", ["", "mian", "c1"])
+async def test_another_clusters_data_founds_nothing_unless_that_cluster_is_named(
+    config: Config, tmp_path: Path, named: str
+) -> None:
+    """I1: a typo in cluster.id, and the hint followed, made a second primary (operator's report, B8)."""
+    memory.save(tmp_path, memory.Stored("main", Marks(3, 7, "a", "memory-0")))
+    server = MemoryServer()
+    async with running(config, tmp_path, server) as r:
+        await r.until(lambda: r.shell.status().myself.distrust)
+        me = r.shell.status().myself
+        assert "is cluster.id right? This node was in cluster main" in me.distrust
+        await r.until(lambda: "This node was in cluster main" in r.shell.status().myself.why)
+        assert me.store.was_in == "main"
+        for create in (False, True):
+            refused = r.shell.accept(create=create, who="somebody", leave=named)
+            assert isinstance(refused, ErrorReply), refused
+            assert "is cluster.id right? n2 was in cluster main" in refused.error
+        assert r.shell.status().myself.distrust
+        assert isinstance(r.shell.accept(create=True, who="somebody", leave="main"), AcceptReply)
+        await r.until(lambda: not r.shell.status().myself.distrust)
+        assert r.shell.status().myself.store.was_in == ""
+        assert isinstance(r.shell.accept(create=True, who="somebody", leave="main"), ErrorReply)
+        await r.until(lambda: memory.load(tmp_path, "c1").was_in == "")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,14 +19,16 @@ import trio
 from click.testing import CliRunner
 
 from harmony.admin import NodeView, SelfView, Shown, StatusReply, StoreView
-from harmony.cli.fence import able, outlook
-from harmony.cli.main import cli
+from harmony.agent.fencer import FencerClient
+from harmony.cli import where
+from harmony.cli.main import COMMANDS, cli
+from harmony.cli.outlook import able, outlook
 from harmony.cli.where import who
 from harmony.config import load
 from harmony.core.messages import Marks
 from harmony.core.states import State
 from harmony.errors import FencerUnavailable
-from harmony.fencer_client import FencerClient, call, protocol
+from harmony.fencer_client import call, protocol
 from harmony.records import ClusterState, Member
 from harmony.verdict import judge
 
@@ -159,6 +165,9 @@ def test_who_is_able(change: dict[str, object]) -> None:
 def test_outlook_elsewhere() -> None:
     assert outlook(reply("n2"))[0] is True
     assert outlook(replace(reply("n2"), cluster=None))[0] is False
+    blind = replace(reply("n2"), myself=replace(reply("n2").myself, store_connected=False))
+    assert outlook(blind)[0] is False
+    assert "does not see the cluster" in outlook(blind)[1]
     assert outlook(replace(R, cluster=replace(CLUSTER, sync_voters=("n3",))))[1].endswith("n3 takes over")
 
 
@@ -353,6 +362,7 @@ def test_force_needs_nothing_but_the_fencer(fakes: Fakes, monkeypatch: pytest.Mo
     first = fakes.requests[0]
     assert isinstance(first, protocol.OperatorFence)
     assert first.reason == "because"
+    assert not first.clean
 
 
 @pytest.mark.parametrize("state", ["failed", "preempted"])
@@ -369,6 +379,29 @@ def test_a_newer_fence_of_the_agent_proves_as_well(fakes: Fakes) -> None:
     done = fencer_status(replace(newer, state="done"), proven=True)
     fakes.fencer(protocol.Accepted(record("running")), fencer_status(newer), done)
     assert fakes.run("fence", "--force")[0] == 0
+
+
+def test_a_newer_fence_that_latches_nothing_is_not_the_operators(fakes: Fakes) -> None:
+    """W5: PostgreSQL is gone, and the agent may start it again."""
+    newer = record("done", "fence", order=6)
+    fakes.fencer(protocol.Accepted(record("running")), fencer_status(newer, proven=True, latched=False))
+    code, text = fakes.run("fence", "--force")
+    assert code == 1
+    assert "NOT proven" in text
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_one_shot_latches(fakes: Fakes, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """W5: what is fenced without a fencer stays so, too; and its exit code is the command's."""
+    (fakes.folder / "fencer.json").write_text("{}")
+    python = fakes.folder / "python"
+    python.write_text(f'#!/bin/sh\nfor a in "$@"; do echo "$a" >> {fakes.folder}/argv; done\nexit {code}\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert fakes.run("fence", "--force", "--reason", "because")[0] == code
+    argv = (fakes.folder / "argv").read_text().splitlines()
+    assert argv[argv.index("--once") + 1] == "because"
+    assert "pid" in argv[argv.index("--latch") + 1]
 
 
 def test_not_permitted_says_sudo(fakes: Fakes) -> None:
@@ -412,6 +445,9 @@ def test_asks_before_it_fences(fakes: Fakes) -> None:
     assert (code, fakes.requests) == (2, [])
     assert "n2 or n3 takes over" in text
     assert fakes.run("fence", "--yes")[0] == 0
+    first = fakes.requests[0]
+    assert isinstance(first, protocol.OperatorFence)
+    assert first.clean
 
 
 def test_refuses_when_nobody_can_take_over(fakes: Fakes) -> None:
@@ -441,12 +477,99 @@ def test_a_host_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert who().startswith("uid 4000000")
 
 
-def test_a_broken_file_still_says_where(fakes: Fakes, tmp_path: Path) -> None:
+BROKEN = 'x = 1\n[node]\nrun_dir = "{folder}"\n'
+
+
+def test_a_broken_default_file_still_says_where(
+    fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W5: this host's own file never keeps anyone from fencing this host."""
     file = tmp_path / "harmony.toml"
-    file.write_text(f'x = 1\n[node]\nrun_dir = "{fakes.folder}"\n')
+    file.write_text(BROKEN.format(folder=fakes.folder))
+    monkeypatch.delenv("HARMONY_CONFIG", raising=False)
+    monkeypatch.setattr(where, "DEFAULT_CONFIG", str(file))
     fakes.fencer(protocol.Accepted(record("running")), fencer_status(record(), proven=True))
-    result = CliRunner().invoke(cli, ["fence", "--force", "--config", str(file)])
+    result = CliRunner().invoke(cli, ["fence", "--force"])
     assert result.exit_code == 0, result.output
+    assert "is not valid; looking in" in result.output
+
+
+@pytest.mark.parametrize("named", ["option", "variable"])
+@pytest.mark.parametrize("text", [None, BROKEN, "not TOML", "fifo"])
+@pytest.mark.parametrize(
+    "command",
+    [("fence", "--force"), ("fence", "--yes"), ("unfence",), ("store", "show"), ("store", "accept")],
+)
+def test_a_file_that_was_named_and_cannot_be_used_fences_nobody(
+    fakes: Fakes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    text: str | None,
+    named: str,
+) -> None:
+    """B11: a typo in --config fenced the default node, and said that it was proven."""
+    file = tmp_path / "othercluster.toml"
+    if text == "fifo":
+        os.mkfifo(file)
+    elif text is not None:
+        file.write_text(text.format(folder=fakes.folder))
+    monkeypatch.setattr(where, "DEFAULT_RUN_DIR", str(fakes.folder))
+    fakes.fencer(protocol.Accepted(record("running")), fencer_status(record(), proven=True))
+    fakes.agent(msgspec.json.encode(R))
+    options, env = (["--config", str(file)], {}) if named == "option" else ([], {"HARMONY_CONFIG": str(file)})
+    result = CliRunner().invoke(cli, [*command, *options], env=env)
+    assert result.exit_code == 78, result.output
+    assert "nothing was done" in result.output
+    assert fakes.requests == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("fence --force", "fence"), ("fence", "fence"), ("unfence", "unfence"), ("store show", "store show")],
+)
+def test_an_ordinary_user_is_told_of_sudo_first(folder: Path, command: str, said: str) -> None:
+    """B21: not that PostgreSQL must be stopped by hand."""
+    (folder / "fencer.json").touch(0o600)
+    for name in ("fencer.sock", "agent/agent.sock"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(folder / name))
+        (folder / name).chmod(0o600)
+    folder.chmod(0o711)
+    for lazy in COMMANDS.values():
+        importlib.import_module(lazy.module)  # nobody may not read our installation
+    importlib.import_module("harmony.cli.outlook")
+    os.seteuid(65534)
+    try:
+        done = CliRunner().invoke(cli, [*command.split(), "--run-dir", str(folder)])
+    finally:
+        os.seteuid(0)
+    assert done.exit_code in {1, 2, 3}, done
+    assert f"run it as root: sudo harmonyctl {said}" in done.output.splitlines()[0]
+    assert "by hand" not in done.output
+
+
+@pytest.mark.parametrize("command", ["fence --force", "fence --yes"])
+def test_a_fence_needs_nobody_who_reads(fakes: Fakes, command: str) -> None:
+    """B14's kind: once it is decided, a closed terminal or pipe keeps nobody from fencing."""
+    fakes.agent(msgspec.json.encode(reply("n2")))
+    fakes.fencer(
+        protocol.Accepted(record("running")),
+        fencer_status(record("running")),
+        fencer_status(record(), proven=True),
+    )
+    argv = [sys.executable, "-m", "harmony", *command.split(), "--run-dir", str(fakes.folder)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=full, check=False, timeout=60)
+    forced = command == "fence --force"
+    assert (done.returncode == 0) is forced, done
+    assert bool(fakes.requests) is forced, "what could not be asked is not done"
+    (fakes.folder / "fencer.sock").unlink()
+    (fakes.folder / "fencer.json").write_text("{}")
+    if forced:
+        with Path("/dev/full").open("w") as full:
+            assert subprocess.run(argv, stdout=full, stderr=full, check=False, timeout=60).returncode == 1
 
 
 # ---------------------------------------------------------------- client

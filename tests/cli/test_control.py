@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
+from harmony.cli.acknowledge import edit
 from harmony.cli.control import Impossible, change
 from harmony.cli.main import cli
 from harmony.errors import StoreUnavailable
-from harmony.records import CLUSTER_STATE, CONTROL, ClusterState, Control, Switchover, decode_control, encode
+from harmony.records import (
+    CLUSTER_STATE,
+    CONTROL,
+    MEMBER_PREFIX,
+    ClusterState,
+    Control,
+    Switchover,
+    decode_control,
+    encode,
+)
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_commands import CLUSTER
+from tests.core import helpers
 from tests.store.conftest import Server, opener, server
 
 __all__ = ["server"]  # a fixture
@@ -123,12 +138,80 @@ data_dir = "/nowhere"
 """
 
 
-def acknowledge(tmp_path: Path, cluster: str, url: str) -> tuple[int, str]:
+def acknowledge(tmp_path: Path, cluster: str, url: str, *options: str) -> tuple[int, str]:
+    result = command(tmp_path, cluster, url, "acknowledge", *(options or ("--yes",)))
+    return result.exit_code, result.output
+
+
+def command(tmp_path: Path, cluster: str, url: str, *arguments: str) -> Result:
     file = tmp_path / "harmony.toml"
     file.write_text(CONFIG.format(cluster=cluster, url=url))
-    result = CliRunner().invoke(cli, ["acknowledge", "--config", str(file)], env={"HARMONY_CONFIG": None})
+    result = CliRunner().invoke(cli, [*arguments, "--config", str(file)], env={"HARMONY_CONFIG": None})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return result
+
+
+@pytest.mark.real
+def test_a_switchover_asks_first_and_only_its_results_are_on_standard_output(
+    server: Server, tmp_path: Path
+) -> None:
+    """B13: a question before what cuts clients off; no log between the results; a closed pipe ends it quietly."""
+
+    async def found(*, look: bool) -> bool:
+        async with opener(server.url)("c1") as store:
+            with trio.fail_after(30):
+                while not store.connected:
+                    await trio.sleep(0.01)
+            if look:
+                return await store.get(CONTROL, timeout_s=5) is not None
+            await store.create(CLUSTER_STATE, encode(helpers.cluster(cluster_id="c1")), timeout_s=5)
+            for name in ("n1", "n2", "n3"):
+                await store.create(MEMBER_PREFIX + name, encode(helpers.member(name)), timeout_s=5)
+        return False
+
+    trio.run(partial(found, look=False))
+    dry = command(tmp_path, "c1", server.url, "switchover", "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert [line for line in dry.stdout.splitlines() if "store connected" in line or "[" in line] == []
+    assert dry.stdout.startswith("cluster c1, term 3: n1 leads\n")
+    assert dry.stderr == ""
+    told = command(tmp_path, "c1", server.url, "switchover", "--dry-run", "--verbose")
+    assert told.stdout == dry.stdout
+    asked = command(tmp_path, "c1", server.url, "switchover", "--to", "n2")
+    assert asked.exit_code == 2
+    assert "not handed over (answer yes, or give --yes)" in asked.stderr
+    assert not trio.run(partial(found, look=True)), "nothing was asked of the leader"
+    read, write = os.pipe()
+    os.close(read)
+    argv = [
+        sys.executable,
+        "-m",
+        "harmony",
+        "switchover",
+        "--dry-run",
+        "--config",
+        str(tmp_path / "harmony.toml"),
+    ]
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [("acknowledge",), ("switchover",), ("adopt",)])
+def test_a_store_that_is_down_is_one_line_and_no_log(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """B13: it was some 20 lines of debugging on standard output."""
+    yes = () if arguments == ("adopt",) else ("--yes",)
+    result = command(tmp_path, "c1", "nats://127.0.0.1:1", *arguments, *yes)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("not done: ")
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_an_acknowledgement_asks_first(tmp_path: Path) -> None:
+    """B13: without a terminal and without --yes nothing is even connected."""
+    code, text = acknowledge(tmp_path, "c1", "nats://127.0.0.1:1", "--verbose")
+    assert code == 2
+    assert text == "not acknowledged (answer yes, or give --yes)\n"
 
 
 @pytest.mark.real
@@ -156,3 +239,9 @@ def test_a_wrong_configuration_is_named(tmp_path: Path) -> None:
     code, text = acknowledge(tmp_path, "NOT AN ID", "nats://127.0.0.1:1")
     assert code == 78
     assert "cluster.id" in text
+
+
+def test_what_was_acknowledged_stays_so() -> None:
+    """A store that was rolled back shows an older term: the later acknowledgement is kept."""
+    assert edit(Control(attempt="", acknowledged=9), CLUSTER).acknowledged == 9
+    assert edit(Control(attempt="", acknowledged=1), CLUSTER).acknowledged == 3

@@ -123,3 +123,28 @@ def test_refused(folder: Path) -> None:
     code, text, _ = run(folder, "store", "accept", "--yes", reply={"error": "not permitted for uid 7"})
     assert code == 1
     assert "the agent refused: not permitted for uid 7" in text
+
+
+MOVED = replace(
+    R, myself=replace(R.myself, distrust="is cluster.id right?", store=replace(R.myself.store, was_in="main"))
+)
+
+
+@pytest.mark.parametrize(
+    ("leave", "code"), [((), 2), (("--leave", "mian"), 2), (("--leave", "c1"), 2), (("--leave", "main"), 0)]
+)
+def test_data_of_another_cluster_moves_only_by_its_name(
+    folder: Path, leave: tuple[str, ...], code: int
+) -> None:
+    """I1: the hint that is printed never makes a second primary of a typo."""
+    found, text, asked = run(folder, "store", "accept", "--found", "--yes", *leave, status=MOVED)
+    assert found == code, text
+    assert "BELONGED TO CLUSTER main, and c1 is configured" in text
+    assert [r["leave"] for r in asked.requests] == ([] if code else ["main"])
+
+
+def test_what_was_in_no_other_cluster_leaves_none(folder: Path) -> None:
+    code, text, asked = run(folder, "store", "accept", "--yes", "--leave", "main")
+    assert code == 2
+    assert "is cluster.id right?" in text
+    assert asked.requests == []

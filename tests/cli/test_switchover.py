@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from harmony.cli.control import Impossible
-from harmony.cli.switchover import Picture, bound_s, follow, look, outcome
+from harmony.cli.switchover import Picture, bound_s, follow, look, outcome, wished
 from harmony.config import Config, load
 from harmony.core.timing import PRESETS
-from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, encode
+from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, Control, Switchover, encode
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_control import CONFIG
 from tests.core.helpers import cluster, member
@@ -108,3 +108,12 @@ async def test_a_record_that_becomes_unreadable_while_it_follows_is_named(config
     await store.create(CLUSTER_STATE, b"{", timeout_s=1)
     with pytest.raises(Impossible, match="cluster_state cannot be read"):
         await follow(store, config.timing, 3, "n2", "r")
+
+
+@pytest.mark.parametrize("now", [cluster(term=4), cluster(primary="n2"), cluster(primary=None)])
+def test_what_was_asked_for_is_over_once_leadership_has_changed(now: ClusterState) -> None:
+    wish = Switchover("r", "n2", 3, "somebody")
+    control = Control(attempt="a", acknowledged=2)
+    assert wished(control, cluster(), cluster(), wish) == Control("a", acknowledged=2, switchover=wish)
+    with pytest.raises(Impossible, match="leadership has changed meanwhile"):
+        wished(control, now, cluster(), wish)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmony.config import MAX_FILE_BYTES, SECTIONS, load
+from harmony.config import SECTIONS, load
+from harmony.config_file import MAX_FILE_BYTES
 from harmony.config_text import parameters
 from harmony.errors import ConfigError
 from harmony.resolve import find_bin_dir
@@ -20,14 +21,14 @@ def test_relations_are_judged_beside_other_problems(tmp_path: Path) -> None:
     """C2: an unknown key hides neither the inequality nor a wrong name."""
     text = GOOD.replace('name = "n2"', 'name = "n9"\ncolour = 1')
     text += "[timing]\nfailover_timeout_s = 3\nx = 1\n[replication]\nsynchronous_count = 3\n"
-    found = "\n".join(problems(write(tmp_path, text), {"HARMONY_X": "1"}))
+    found = "\n".join(problems(write(tmp_path, text), {"HARMONY_NODE_X": "1"}))
     for place in (
         "node.colour: unknown key",
         "node.name: n9 is not in [members]",
         "timing.x: unknown key",
         "timing.failover_timeout_s (preset standard): failover_timeout_s 3",
         "replication.synchronous_count: 3 must be below",
-        "environment: HARMONY_X: unknown",
+        "environment: HARMONY_NODE_X: unknown",
     ):
         assert place in found, found
 

@@ -133,6 +133,21 @@ def test_an_own_record_that_went_back_is_distrust() -> None:
     assert v.failures == 0
 
 
+@pytest.mark.parametrize("name", ["n1", "n2"], ids=["preferred", "standby"])
+@pytest.mark.parametrize("shown", [None, cluster()], ids=["empty store", "somebody's store"])
+def test_data_of_another_cluster_says_so_on_every_node(name: str, shown: ClusterState | None) -> None:
+    """I1: a mistyped cluster.id founds nothing and promotes nothing, and each node asks for it first."""
+    me = identity(name)
+    v, commands = initial(me), []
+    first_turn: list[Event] = [Remembered(Marks(), was_in="main"), seen(shown, 60 if shown else 0), fencer()]
+    for events in (first_turn, []):
+        v, more = step(v, events, me, FAST, T0)
+        commands += more
+    assert distrust(v).startswith("is cluster.id right? This node was in cluster main")
+    assert "This node was in cluster main" in v.why
+    assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+
+
 def test_damaged_memory_is_distrust() -> None:
     """I2: who cannot tell what it has seen does not guess."""
     assert "torn" in distrust(first(Remembered(Marks(), "torn"), seen(cluster(), 60)))

@@ -101,6 +101,7 @@ EXAMPLES: list[Example] = [
     (510, S.YIELDING, STRAY | {"leads": "other", "order": "done", "order_op": "follow"}, S.YIELDING, ("follow",)),
     (600, S.R_INITIALIZING, {"foreign": "another system id"}, S.R_INITIALIZING, ("fatal",)),
     (602, S.R_INITIALIZING, {"fencer_known": False}, S.R_INITIALIZING, ()),
+    (603, S.R_INITIALIZING, EMPTY | {"distrust": "x", "may_found": True}, S.R_INITIALIZING, ()),
     (604, S.R_INITIALIZING, {"leads": "me"}, S.LEADER, ()),
     (605, S.R_INITIALIZING, ADOPT | {"leads": "me"}, S.ADOPTING, ()),
     (606, S.R_INITIALIZING, {"leads": "me", "granted": False}, S.DEMOTING, ("fence",)),

@@ -44,7 +44,7 @@ def test_a_switchover_and_the_way_back(running: Running) -> None:
         lambda: all(w in running.harmonyctl("n3", "switchover", "--dry-run")[1] for w in both),
     )
     for to, why in (("n1", "the primary already"), ("n9", "not a member")):
-        code, text = running.harmonyctl("n3", "switchover", "--to", to)
+        code, text = running.harmonyctl("n3", "switchover", "--yes", "--to", to)
         assert code == 1, text
         assert why in text
     assert running.record("n3").term == 1, "nothing of that has done anything"
@@ -52,7 +52,7 @@ def test_a_switchover_and_the_way_back(running: Running) -> None:
     said: list[str] = []
 
     def moved() -> bool:
-        code, text = running.harmonyctl("n3", "switchover", "--to", "n2")
+        code, text = running.harmonyctl("n3", "switchover", "--yes", "--to", "n2")
         said.append(text)
         return code == 0
 
@@ -152,7 +152,7 @@ def test_killed_at_each_step(steady: Running) -> None:
         killer = Killer(node.folder / "node.log", word, node.folder, module)
         killer.start()
         while killer.is_alive():  # it may be refused for a moment
-            said = running.harmonyctl("n1", "switchover", "--to", new)
+            said = running.harmonyctl("n1", "switchover", "--yes", "--to", new)
             killer.join(0.2)
         assert killer.struck, (role, module, word, said, running.logs())
         struck = boottime_ns()

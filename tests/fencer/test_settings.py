@@ -121,3 +121,11 @@ def test_logical_slots_are_synchronised_where_postgresql_can(data: Path, version
     assert ("dbname='postgres'" in found["primary_conninfo"].replace("''", "'")) is synced
     without = rendered(config(data, own=True), Source("n2", slot=True), data)
     assert "sync_replication_slots" not in without
+
+
+@pytest.mark.parametrize("listens", [None, "", "10.0.0.1"])
+def test_where_postgresql_listens_is_the_users_matter(data: Path, listens: str | None) -> None:
+    """F13: a database that listened on 127.0.0.1 was opened to everybody, silently."""
+    c = msgspec.structs.replace(config(data), listen_addresses=listens)
+    found = rendered(c, Source(None), data)
+    assert found.get("listen_addresses") == (f"'{listens}'" if listens is not None else None)
