@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import psycopg
 
+from harmony import session
 from harmony.config import Config
 from harmony.errors import in_a_line
 from harmony.records import ClusterState, Member, decode_cluster, decode_member
@@ -45,9 +46,9 @@ def look_here(c: Config, found: Findings) -> None:
     """The PostgreSQL on this host, by SQL as the agent asks it. Blocks for CONNECT_S at most."""
     p, me = c.postgresql, c.node.name
     try:
-        with psycopg.connect(
+        with session.connect(
             host=p.socket_dir, port=c.members[me].port, user=p.db_user, dbname=p.db_name,
-            connect_timeout=CONNECT_S, autocommit=True, application_name="harmonyctl adopt",
+            timeout_s=CONNECT_S, application_name="harmonyctl adopt",
         ) as link:  # fmt: skip
             row = link.execute(_HERE, {"replication": p.replication_user}).fetchone()
     except psycopg.Error as e:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psycopg
 import trio
 
+from harmony import session
 from harmony.core.messages import DbSeen, DbSilent, Walsender
 from harmony.errors import in_a_line
 
@@ -78,8 +79,8 @@ class Probe:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
-        self._writer: psycopg.Connection[tuple[object, ...]] | None = None
+        self._connection: session.Link | None = None
+        self._writer: session.Link | None = None
         self.vitals: Vitals | None = None  # of the newest answer
         self.refused = ""  # what the newest question was answered with instead: an error; "": nothing
         self._busy = False
@@ -97,7 +98,7 @@ class Probe:
         self._busy = True
         try:
             return self._query(now_ns)
-        except psycopg.Error as e:
+        except (psycopg.Error, *session.UNREADABLE) as e:
             self.close()
             why = in_a_line(e)
             self.refused = "" if isinstance(e, psycopg.errors.ConnectionTimeout) else why
@@ -139,16 +140,15 @@ class Probe:
             early=bool(early),
         )
 
-    def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
+    def _connect(self, **settings: str) -> session.Link:
         t = self._target
-        return psycopg.connect(
+        return session.connect(
             host=t.socket_dir,
             port=t.port,
             user=t.user,
             dbname=t.dbname,
-            connect_timeout=2,
-            autocommit=True,
             application_name="harmony-agent",
+            settings=settings,
         )
 
     def write(self) -> str:
@@ -158,8 +158,7 @@ class Probe:
         """
         try:
             if self._writer is None:
-                self._writer = self._connect()
-                self._writer.execute("SET synchronous_commit = local")
+                self._writer = self._connect(synchronous_commit="local")
             self._writer.execute(_MESSAGE)
         except psycopg.Error as e:
             if self._writer is not None:
