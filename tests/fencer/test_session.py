@@ -73,7 +73,13 @@ def test_the_agents_sessions_bring_their_settings_with_them(node: Node) -> None:
     node.follow(1, 3)
     for dbname in ("postgres", "bytes"):
         seen = ask(node, dbname)
-        assert (seen.db, seen.system_identifier) == ("standby", system)
+        assert (seen.db, seen.system_identifier, seen.held) == ("standby", system, False)
+    with session.connect(
+        host="127.0.0.1", port=node.port, user="postgres", dbname="postgres", application_name="test"
+    ) as link:
+        link.execute("SELECT pg_wal_replay_pause()")
+        node.wait(lambda: ask(node, "postgres").held, "a replay that is held up is seen (F10)", 30)
+        link.execute("SELECT pg_wal_replay_resume()")
     wanted = Wanted(node="n1", members=("n1", "n2"), slots=True, permanent={}, synchronous=False)
     found = trio.run(Keeper(Target(str(node.top / "s"), node.port, "harmony", "bytes"), wanted).survey, None)
     assert found is not None
