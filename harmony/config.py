@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from harmony.config_places import inside_data
 from harmony.core.timing import PRESETS, Timing
 from harmony.errors import ConfigError
 from harmony.records import SLOT_PREFIX, slot_name
@@ -484,6 +485,7 @@ def _together(
             other = seen.setdefault((m["host"], m.get("port", 5432)), name)
             if other != name:
                 problems.append(f"members.{name}: same host and port as {other}; give each its own")
+    problems += inside_data(values, os.path.normpath)
     for section, key, tail in (
         ("node", "run_dir", "/agent/agent.sock"),
         ("postgresql", "socket_dir", "/.s.PGSQL.65535"),

@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 
 from harmony.config import Config
+from harmony.config_places import inside_data
 from harmony.errors import ConfigError
+from harmony_fencer.mounts import is_mount
 
 LOGICAL_SLOTS_FROM = 17  # failover slots
 
@@ -102,6 +104,23 @@ def _sql(c: Config, problems: list[str]) -> str:
         return ""
 
 
+def remarks(c: Config) -> list[str]:
+    """What keeps Harmony from nothing today, and will matter at a node's way back."""
+    data = Path(c.postgresql.data_dir).resolve()
+    found = []
+    if is_mount(data):
+        found.append(
+            f"postgresql.data_dir: {data} is a mount point: an old primary cannot come back by itself, neither by "
+            "pg_rewind nor by a copy; put the data directory one level below it"
+        )
+    if is_mount(data / "pg_wal"):
+        found.append(
+            f"postgresql.data_dir: {data}/pg_wal is a mount point: where pg_rewind cannot help, a copy has to be made "
+            "by hand (pg_basebackup --waldir)"
+        )
+    return found
+
+
 def resolve(c: Config) -> dict[str, dict[str, object]]:
     """What the three processes are started with. Raises ConfigError where the machine does not fit."""
     problems: list[str] = []
@@ -126,6 +145,7 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             )
     except OSError as e:
         problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}")
+    problems += inside_data(msgspec.to_builtins(c), os.path.realpath)  # symlinks may lead there
     config_file = p.config_file or find_config_file(p.data_dir) or _to_be_made(c)
     sql = _sql(c, problems)
     if config_file is None:

@@ -45,11 +45,6 @@ def there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def is_mount(path: Path) -> bool:
-    """Whether it cannot be renamed for that."""
-    return path.is_mount()
-
-
 def unlink(path: Path) -> None:
     """Raises OSError."""
     path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from harmony.config import Config, load
 from harmony.config_text import example
 from harmony.core.timing import Timing
 from harmony.errors import EXIT_CONFIG, ConfigError
-from harmony.resolve import resolve
+from harmony.resolve import remarks, resolve
 
 
 class _Commands(click.Group):
@@ -83,6 +83,8 @@ def config_check(file: str, host: bool) -> None:
     except ConfigError as e:
         _fail(e)
         return
+    for remark in remarks(loaded) if host else ():
+        click.echo(f"  note: {remark}", err=True)
     click.echo(f"{file}: ok, node {loaded.node.name} of cluster {loaded.cluster.id}")
     click.echo(_timing_text(loaded.timing))
 
