@@ -16,7 +16,7 @@ import msgspec
 from harmony.config import Config
 from harmony.config_places import inside_data
 from harmony.errors import ConfigError
-from harmony_fencer.mounts import is_mount
+from harmony.mounts import is_mount
 
 LOGICAL_SLOTS_FROM = 17  # failover slots
 

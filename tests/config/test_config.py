@@ -17,9 +17,10 @@ from harmony.config import Config, load
 from harmony.config_text import example, markdown
 from harmony.core.timing import Timing
 from harmony.errors import ConfigError
+from harmony.mounts import is_mount
 from harmony.resolve import find_config_file, remarks, resolve
+from harmony_fencer import mounts
 from harmony_fencer.config import FencerConfig
-from harmony_fencer.mounts import is_mount
 
 GOOD = """
 [cluster]
@@ -316,8 +317,9 @@ def test_a_mount_point_is_told_on_the_first_day(tmp_path: Path) -> None:
     (table := tmp_path / "mountinfo").write_text(
         "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n23 22 8:1 /a /srv/my\\040data rw - ext4 /dev/sda1 rw\n"
     )
-    assert is_mount(Path("/srv/my data"), table)
-    assert not is_mount(Path("/srv"), table)
+    for looks in (is_mount, mounts.is_mount):
+        assert looks(Path("/srv/my data"), table)
+        assert not looks(Path("/srv"), table)
     c = load(write(tmp_path, GOOD.replace('"/tmp/nowhere"', '"/proc"')), {})
     (said,) = remarks(c)
     assert "postgresql.data_dir: /proc is a mount point" in said
