@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench import field_rules
 from harmony.core.table import TABLE
 
 TOP = Path(__file__).parents[1]
@@ -407,6 +408,7 @@ RULES = [
      "not o.restart_here", "tests/core"),
     ("rejoin: a primary that recovers has not told what it has", f"{CORE}/rejoin.py", " and c.status in WRITABLE_STATES:",
      ":", "tests/core"),
+    *field_rules.RULES,
 ]  # fmt: skip
 
 
