@@ -401,6 +401,7 @@ def load(path: str | Path, env: Mapping[str, str] | None = None) -> Config:
     members = _members(raw.get("members", {}), problems)
     timing = _timing(values["timing"], raw.get("timing"), values["watchdog"], problems)
     _together(values, members, problems)
+    problems += inside_data(values, os.path.normpath, str(Path(path).absolute()))
     if not problems and timing is not None:
         whole = {**values, "members": members, "timing": msgspec.structs.asdict(timing)}
         return msgspec.convert(whole, Config)
@@ -485,7 +486,6 @@ def _together(
             other = seen.setdefault((m["host"], m.get("port", 5432)), name)
             if other != name:
                 problems.append(f"members.{name}: same host and port as {other}; give each its own")
-    problems += inside_data(values, os.path.normpath)
     for section, key, tail in (
         ("node", "run_dir", "/agent/agent.sock"),
         ("postgresql", "socket_dir", "/.s.PGSQL.65535"),

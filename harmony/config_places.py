@@ -23,12 +23,18 @@ _NOT_INSIDE = (
 )
 
 
-def inside_data(values: Mapping[str, Mapping[str, object]], path: Callable[[str], str]) -> list[str]:
-    """Problems of what stands inside postgresql.data_dir; `path` makes a path comparable."""
+def inside_data(
+    values: Mapping[str, Mapping[str, object]], path: Callable[[str], str], own: str = ""
+) -> list[str]:
+    """Problems of what stands inside postgresql.data_dir. `path` makes one comparable; `own`: the file of all this."""
     named = values["postgresql"].get("data_dir")
     if not isinstance(named, str):
         return []
-    data, found = PurePath(path(named)), []
+    data, found = PurePath(path(named)), list[str]()
+    if own and data in PurePath(path(own)).parents:
+        found.append(
+            f"{own} is inside postgresql.data_dir, which a rejoin exchanges for another: put it elsewhere"
+        )
     for section, key in _NOT_INSIDE:
         value = values[section].get(key)
         if isinstance(value, str) and data in (place := PurePath(path(value)), *place.parents):

@@ -135,19 +135,20 @@ def make_plain(change: Change, data: Path, own: list[Own]) -> None:
 
 
 def not_writable(data: Path, uid: int) -> str:
-    """The first file or folder that is not PostgreSQL's user's, and none of its own at the top; "": none."""
+    """The first file or folder that is not PostgreSQL's user's, but for files of its own at the top; "": none.
+
+    Those are made plain before; what is in a folder of somebody else's is not ours to replace.
+    """
     for at, folders, names in os.walk(data):
         top = at == str(data)
         for name in (*folders, *names):
-            if top and (not _POSTGRES.fullmatch(name) or name.startswith("recovery.")):
-                continue  # made plain before, or for PostgreSQL to refuse
+            if top and name in names and (is_own(name) or name.startswith("recovery.")):
+                continue
             path = os.path.join(at, name)  # noqa: PTH118 (many files)
             with contextlib.suppress(FileNotFoundError):
                 found = os.lstat(path)
                 if found.st_uid != uid and not stat.S_ISLNK(found.st_mode):
                     return path
-        if top:
-            folders[:] = [name for name in folders if _POSTGRES.fullmatch(name)]
     return ""
 
 

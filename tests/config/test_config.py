@@ -308,6 +308,8 @@ def test_what_a_link_leads_inside_the_data_directory_is_refused_on_the_host(tmp_
     with pytest.raises(ConfigError) as caught:
         resolve(load(write(tmp_path, text), {}))
     assert any(p.startswith("postgresql.replication_passfile: ") for p in caught.value.problems)
+    whole = problems(write(tmp_path, GOOD.replace('"/tmp/nowhere"', f'"{tmp_path}"')))
+    assert "harmony.toml is inside postgresql.data_dir" in "".join(whole)
     kept = GOOD.replace('"/tmp/nowhere"', '"/tmp/nowhere"\nconfig_file = "/tmp/nowhere/postgresql.conf"')
     load(write(tmp_path, kept), {})  # at its top it is kept
 

@@ -176,6 +176,10 @@ def test_what_pg_rewind_could_not_write_is_looked_for_before(pair: Pair) -> None
     assert record.state == "failed"
     assert f"{foreign} does not belong to PostgreSQL's user" in record.detail
     assert pair.node.in_recovery(), "nothing is stopped for that"
+    os.chown(foreign, (foreign.parent.stat()).st_uid, -1)
+    (pair.node.data / "conf.d").mkdir()  # root's: what is in it could be neither replaced nor moved
+    assert "/conf.d does not belong" in pair.rejoin().detail
+    assert pair.node.in_recovery()
     assert copies(pair) == 0
 
 
