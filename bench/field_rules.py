@@ -28,6 +28,13 @@ RULES = [
         "tests/fencer/test_field.py -k no_copy_for",
     ),
     (
+        "copy: where the rewound does not start",
+        f"{FENCER}/rejoin.py",
+        "if not self._copied and reasons.of_the_data(e.reason):",
+        "if False:",
+        "tests/fencer/test_field.py -k data_keeps_from",
+    ),
+    (
         "copy: a file of the data",
         f"{FENCER}/reasons.py",
         "if _DATA_FILE.search(text):",

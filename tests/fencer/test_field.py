@@ -54,6 +54,22 @@ def test_no_copy_for_what_no_copy_can_mend(pair: Pair) -> None:
     pair.healthy()
 
 
+def test_what_its_data_keeps_from_starting_is_copied(pair: Pair) -> None:
+    """F7: that is what a copy is for; also where pg_rewind finds nothing to do, and more than once."""
+    pair.diverge()
+    assert "rewound to n2" in pair.rejoin().detail
+    pair.healthy()
+    for order in (100, 200):
+        pair.node.fence(2, order, clean=True)
+        pair.order = order
+        (pair.node.data / "pg_replslot").rmdir()  # most else recovery makes anew, or pg_rewind brings
+        record = pair.rejoin()
+        assert record.state == "done", (record, pair.logs())
+        assert "copied anew from n2" in record.detail
+        assert "pg_replslot" in record.detail
+        pair.healthy()
+
+
 def test_a_copy_that_ended_with_the_same_failure_was_the_last(pair: Pair) -> None:
     """F7: until a configuration file has changed; the next standby streams, and all is forgotten."""
     pair.node.set_postgres(primary_slot_name="missing")
