@@ -29,7 +29,7 @@ _POSTGRES = re.compile(
     r"base|global|log|PG_VERSION|pg_(commit_ts|dynshmem|log|logical|multixact|notify|replslot|serial|snapshots|stat|"
     r"stat_tmp|subtrans|tblspc|twophase|wal|xact|xlog|clog|upgrade_output\.d|internal\.init.*)|postmaster\.(pid|opts)|"
     r"backup_(label|manifest).*|tablespace_map.*|standby\.signal|recovery\.(signal|conf|done)|promote|"
-    r"fallback_promote|logrotate|current_logfiles.*|pgsql_tmp.*|lost\+found|core.*|\..*\.new|"
+    r"fallback_promote|logrotate|current_logfiles.*|pgsql_tmp.*|lost\+found|core(\.\d+)?|\..*\.new|"
     r"harmony[.-](?!.*\.conf\Z).*"
 )
 _LOG_DIRS = ("log", "pg_log")
