@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psycopg
 
+from harmony import session
 from harmony.config import Config
 from harmony.decoding import Unreadable
 from harmony.errors import in_a_line
@@ -80,9 +81,9 @@ def look_here(c: Config, found: Findings) -> None:
     p, me = c.postgresql, c.node.name
     try:
         with _as_the_agent(c):
-            link = psycopg.connect(
+            link = session.connect(
                 host=p.socket_dir, port=c.members[me].port, user=p.db_user, dbname=p.db_name,
-                connect_timeout=CONNECT_S, autocommit=True, application_name="harmonyctl adopt",
+                timeout_s=CONNECT_S, application_name="harmonyctl adopt",
             )  # fmt: skip
         with link:
             row = link.execute(_HERE, {"replication": p.replication_user}).fetchone()

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from harmony.config_file import read
+from harmony.config_places import inside_data
 from harmony.config_words import (
     ABSOLUTE,
     HOST,
@@ -306,6 +307,7 @@ def load(path: str | Path, env: Mapping[str, str] | None = None, warnings: list[
     members = _members(raw.get("members", {}), problems)
     timing = _timing(values["timing"], raw.get("timing"), values["watchdog"], problems)
     _together(values, members, problems)
+    problems += inside_data(values, os.path.normpath, str(Path(path).absolute()))
     if not problems and timing is not None:
         whole = {**values, "members": members, "timing": msgspec.structs.asdict(timing)}
         return msgspec.convert(whole, Config)

@@ -15,9 +15,8 @@ MAX_FILE_BYTES = 1024 * 1024
 def read(path: str | Path) -> dict[str, object]:
     """The file as TOML gives it, nothing checked. Raises ConfigError, with line and column."""
     try:
-        return dict(
-            tomllib.loads(_bytes(path).decode("utf-8-sig"))
-        )  # editors of other systems begin with a BOM
+        content = _bytes(path)
+        return dict(tomllib.loads(content.decode("utf-8-sig")))  # editors of other systems begin with a BOM
     except OSError as e:
         raise ConfigError([f"{path}: cannot be read: {e.strerror or e}"]) from e
     except UnicodeDecodeError as e:

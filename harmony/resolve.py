@@ -15,7 +15,9 @@ import msgspec
 
 from harmony import listening
 from harmony.config import Config
+from harmony.config_places import inside_data
 from harmony.errors import ConfigError
+from harmony.mounts import is_mount
 
 LOGICAL_SLOTS_FROM = 17  # failover slots
 
@@ -103,13 +105,31 @@ def _sql(c: Config, problems: list[str]) -> str:
         return ""
 
 
+def remarks(c: Config) -> list[str]:
+    """What keeps Harmony from nothing today, and will matter at a node's way back."""
+    data = Path(c.postgresql.data_dir).resolve()
+    found = []
+    if is_mount(data):
+        found.append(
+            f"postgresql.data_dir: {data} is a mount point: an old primary cannot come back by itself, neither by "
+            "pg_rewind nor by a copy; put the data directory one level below it"
+        )
+    if is_mount(data / "pg_wal"):
+        found.append(
+            f"postgresql.data_dir: {data}/pg_wal is a mount point: where pg_rewind cannot help, a copy has to be made "
+            "by hand (pg_basebackup --waldir)"
+        )
+    return found
+
+
 def warnings(c: Config) -> list[str]:
     """What works, and perhaps is not meant on this host."""
     found = []
     if c.agent.user is None and os.geteuid() == 0:
         found.append("agent.user: not set: the agent runs as root, and needs no more than an ordinary user")
     config_file = c.postgresql.config_file or find_config_file(c.postgresql.data_dir) or _to_be_made(c)
-    return found + (listening.warnings(c, config_file) if config_file is not None else [])
+    found += listening.warnings(c, config_file) if config_file is not None else []
+    return found + remarks(c)
 
 
 def resolve(c: Config) -> dict[str, dict[str, object]]:
@@ -136,6 +156,7 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
             )
     except OSError as e:
         problems.append(f"postgresql.data_dir: {p.data_dir}: {e.strerror}")
+    problems += inside_data(msgspec.to_builtins(c), os.path.realpath)  # symlinks may lead there
     config_file = p.config_file or find_config_file(p.data_dir) or _to_be_made(c)
     sql = _sql(c, problems)
     if config_file is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.mutants import agent, core, fencer, shells, store, supervisor, verdict
+from bench.mutants import agent, comeback, core, fencer, shells, store, supervisor, verdict
 from bench.mutants.rule import Rule
 
 AREAS: dict[str, list[Rule]] = {
@@ -12,6 +12,7 @@ AREAS: dict[str, list[Rule]] = {
     "agent": agent.RULES,
     "store": store.RULES,
     "supervisor": supervisor.RULES,
+    "comeback": comeback.RULES,
     "verdict": verdict.RULES,
 }
 RULES: list[Rule] = [rule for rules in AREAS.values() for rule in rules]

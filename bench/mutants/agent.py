@@ -108,8 +108,8 @@ RULES: list[Rule] = [
     ("link: a fencer that is gone is told", f"{AGENT}/link.py", "            self._post(FencerSilent(why))\n", "", LINK),
     ("link: only changes are asked for", f"{AGENT}/link.py", "protocol.StatusRequest(unless=seen, wait_ms=WATCH_MS)", "protocol.StatusRequest()", LINK),
     ("link: a deadline of a renewal", f"{AGENT}/link.py", "protocol.Renew(generation=generation, deadline_boottime_ns=r.deadline_ns)", "protocol.Renew(generation=generation, deadline_boottime_ns=2**62)", LINK),
-    ("client: a late reply answers nobody", "harmony/fencer_client.py", "            if not answered:\n                self._stream = None\n                stream.socket.close()\n", "            pass\n", LINK),
-    ("client: a request's deadline", "harmony/fencer_client.py", "            with trio.fail_after(timeout_s):\n                await stream.send_all", "            with trio.fail_after(3600):\n                await stream.send_all", LINK),
+    ("client: a late reply answers nobody", "harmony/agent/fencer.py", "            if not answered:\n                self._stream = None\n                stream.socket.close()\n", "            pass\n", LINK),
+    ("client: a request's deadline", "harmony/agent/fencer.py", "            with trio.fail_after(timeout_s):\n                await stream.send_all", "            with trio.fail_after(3600):\n                await stream.send_all", LINK),
     ("client: one deadline for all of a call", "harmony/fencer_client.py", "        left = until - time.monotonic()\n", "        left = 2.0\n", LINK),
     ("client: a call that finds no place in the queue", "harmony/fencer_client.py", "            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)\n", "", LINK),
 ]  # fmt: skip

@@ -1,21 +1,17 @@
-"""What a rejoin does with directories: their names exchanged, moved, and a node's own files found in them."""
+"""What a rejoin does with directories: their names exchanged and moved."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
-import re
 import stat
 from pathlib import Path
 
 from harmony_fencer import durable
-from harmony_fencer.durable import read_small
 from harmony_fencer.programs import PostgresError
 
 _EXCHANGE, _HERE = 2, -100  # renameat2(2): RENAME_EXCHANGE, AT_FDCWD
-_KEPT = re.compile(r".*\.(conf|crt|key|pem|crl)\Z")
-KEPT_BYTES = 1_000_000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,23 +27,9 @@ def is_stub(data: Path) -> bool:
     return True
 
 
-def own_files(data: Path) -> list[tuple[str, bytes]]:
-    """This node's configuration and keys, which pg_rewind and a copy would replace by the primary's."""
-    found = []
-    for entry in os.scandir(data) if data.exists() else ():
-        if _KEPT.match(entry.name) and entry.is_file(follow_symlinks=False):
-            found.append((entry.name, read_small(data / entry.name, KEPT_BYTES)))
-    return found
-
-
 def there(path: Path) -> bool:
     """Also a symlink that leads nowhere."""
     return path.exists() or path.is_symlink()
-
-
-def is_mount(path: Path) -> bool:
-    """Whether it cannot be renamed for that."""
-    return path.is_mount()
 
 
 def unlink(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from harmony_fencer import durable, processes, settings, timelines
+from harmony_fencer import durable, own, processes, settings, timelines
 from harmony_fencer.changes import PAUSE_S, Changes
 from harmony_fencer.config import FencerConfig
 from harmony_fencer.engine import Outcome
@@ -69,6 +69,7 @@ class Postgres:
         self._lock_file = self.data / "postmaster.pid"
         self._signal_file = self.data / "standby.signal"
         self._watched: _Watched | None = None
+        self._hurried = False  # it is to lead: nobody waits for reasons
 
     # ------------------------------------------------------------ looking
 
@@ -217,6 +218,7 @@ class Postgres:
     ) -> None:
         """What configure() does, of a standby that stands at `where` for now."""
         # Crash recovery goes its own way, whatever it has heard of others' timelines: it may have diverged.
+        self._hurried = False
         timeline = "latest" if primary is not None else "current"
         source = settings.Source(primary, slot, timeline)
         self._configure(change, source, None, testimony, where)
@@ -286,6 +288,7 @@ class Postgres:
     ) -> None:
         if self.unfinished:
             raise PostgresError(f"{self.data}: {self.rejoin.progress}; only a rejoin starts PostgreSQL here")
+        self._hurried = sync is not None
         source = settings.Source(primary, slot)
         await self.files.change(lambda change: self._configure(change, source, sync, testimony, self.data))
 
@@ -307,15 +310,38 @@ class Postgres:
                 raise PostgresError(
                     f"somebody else started it, and it could not be stopped: {outcome.detail}"
                 )
+        await self.clear_locks()
+        freed = await self.files.change(lambda _: timelines.give_back(self.data / "pg_wal"))
+        if freed:
+            log.warning("gave timelines back that a promotion never began", files=freed)
+        await self.files.change(lambda change: own.rotate(change, self.data))
+        try:
+            await self.programs.start(self.data / settings.CONF, self.tree.ready_to_start())
+        except PostgresError as e:
+            if e.reason or self._hurried or self.pids():
+                raise
+            await self._explain(e)
+
+    async def clear_locks(self) -> None:
+        """Remove what a dead postmaster of this directory left and PostgreSQL would refuse to start at."""
         stale = await self.files.change(
             lambda _: self.tree.clear_stale_lock(self._c.port, self._c.socket_dir)
         )
         if stale:
             log.warning("removed lock files that a dead postmaster left", files=stale)
-        freed = await self.files.change(lambda _: timelines.give_back(self.data / "pg_wal"))
-        if freed:
-            log.warning("gave timelines back that a promotion never began", files=freed)
-        await self.programs.start(self.data / settings.CONF, self.tree.ready_to_start())
+
+    async def _explain(self, failed: PostgresError) -> None:
+        """Its reason stands in a log of its own, in another language, or nowhere. Raises PostgresError."""
+        file = Path(self._c.config_file) if self._c.run == "systemd" else self.data / settings.CONF
+        try:
+            await self.programs.ask_why(file, self.tree.ready_to_start())
+        except PostgresError as e:
+            raise (e if e.reason else failed) from e
+        outcome = await self.stop()
+        raise PostgresError(
+            f"{failed}; it does start where it logs to stderr in English: look at logging_collector, log_directory and "
+            f"lc_messages{'' if outcome.proven else '; and could not be stopped again'}"[:480]
+        )
 
     async def reload(self) -> None:
         await self.programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)

@@ -28,6 +28,13 @@ SYSTEMCTL_S = 5.0
 KILLED_S = 0.2
 WATCH_S = 0.5
 SAID = 4000
+_TELLING = (
+    "logging_collector=off",
+    "log_destination=stderr",
+    "lc_messages=C",
+    "log_min_messages=warning",
+    "log_error_verbosity=default",
+)
 _REASON = re.compile(r"(FATAL|PANIC): .*")
 
 
@@ -35,6 +42,10 @@ class PostgresError(Exception):
     """PostgreSQL did not do what it was told; the text is for the operator, `said` the program's own."""
 
     said = ""
+    text = ""  # the end of its output, as it is
+    reason = (
+        ""  # why PostgreSQL does not start, where it said so in English: FATAL or PANIC and what is behind it
+    )
 
 
 def explain(e: Exception) -> str:
@@ -43,12 +54,25 @@ def explain(e: Exception) -> str:
     return (str(e) if expected else f"unexpected: {e!r}")[:500]
 
 
-def log_tail(data: Path) -> str:
-    """What PostgreSQL's own log says of its newest start, one line, 300 characters: its last reason, else its end."""
+def log_size(data: Path) -> int:
+    """How long PostgreSQL's own log is; 0: there is none."""
+    try:
+        return (data / LOG).lstat().st_size
+    except OSError:
+        return 0
+
+
+def log_tail(data: Path, since: int = 0) -> str:
+    """What PostgreSQL's own log says of its newest start, one line, 300 characters: its last reason, else its end.
+
+    `since`: where what counts begins, in bytes.
+    """
     try:
         raw = read_small(data / LOG, 16_000, tail=True)
     except OSError:
         return ""
+    if since:
+        raw = raw[max(0, len(raw) - max(0, log_size(data) - since)) :]
     lines = raw.decode("utf-8", "replace").rpartition("LOG:  starting PostgreSQL")[2].split("\n")
     for number, line in reversed(list(enumerate(lines))):
         found = _REASON.search(line)
@@ -99,8 +123,10 @@ class Programs:
         watch: Callable[[str], None] | None = None,
         fds: tuple[int, ...] = (),
         feed: bytes = b"",
+        since: int = 0,
     ) -> str:
-        """`watch` is given the end of the output now and then, and may raise; `fds` are inherited; `feed` is stdin."""
+        """`watch` is given the end of the output now and then, and may raise; `fds` are inherited; `feed` is stdin;
+        `since`: where in PostgreSQL's log its reason for a failure begins."""
         # PostgreSQL must not inherit a pipe of ours: pg_ctl's child would keep it open for ever.
         try:
             # In memory: no folder for temporary files must be there, or have room.
@@ -136,12 +162,13 @@ class Programs:
                 await self._end(process, shown)
             text = _tail(sink.fileno())
         if process.returncode != 0:
-            said, tail = " ".join(text.split())[-400:], log_tail(Path(self._c.data_dir))
+            said, tail = " ".join(text.split())[-400:], log_tail(Path(self._c.data_dir), since)
             error = PostgresError(
                 f"{shown} exited {process.returncode}: {said}"
                 + (f"; log: {tail}" if tail and not fds else "")
             )
-            error.said = said
+            error.said, error.text = said, text
+            error.reason = tail if _REASON.match(tail) else ""
             raise error
         return text
 
@@ -195,14 +222,26 @@ class Programs:
             await self.systemctl("reset-failed", check=False)
             await self.systemctl("start", timeout_s=seconds + 5)
             return
-        options = f"-c config_file={_shell(str(config_file))}"
-        log = str(Path(self._c.data_dir) / LOG)
+        await self._pg_ctl_start(f"-c config_file={_shell(str(config_file))}", cgroup)
+
+    async def ask_why(self, config_file: Path, cgroup: Cgroup | None) -> None:
+        """Start what did not start and did not say why: into our log, whatever its settings say, and in English.
+
+        Raises PostgresError with its `reason`. Where it does start, it runs.
+        """
+        told = " ".join(f"-c {setting}" for setting in _TELLING)
+        await self._pg_ctl_start(f"-c config_file={_shell(str(config_file))} {told}", cgroup)
+
+    async def _pg_ctl_start(self, options: str, cgroup: Cgroup | None) -> None:
+        seconds = max(1, round(self._c.start_timeout_s))
+        data = Path(self._c.data_dir)
+        log, since = str(data / LOG), log_size(data)
         argv = [*self._as_postgres(), str(Path(self._c.bin_dir) / "pg_ctl"), "start", "-D", self._c.data_dir]
         argv += ["-w", "-t", str(seconds), "-l", log, "-o", options]
         if cgroup is not None:
             enter = 'echo 0 > "$0" && exec "$@"'
             argv = ["/bin/sh", "-c", enter, str(cgroup.path / "cgroup.procs"), *argv]
-        await self._run(argv, shown="pg_ctl start", timeout_s=seconds + 5)
+        await self._run(argv, shown="pg_ctl start", timeout_s=seconds + 5, since=since)
 
     async def systemctl(self, verb: str, *, timeout_s: float = SYSTEMCTL_S, check: bool = True) -> None:
         """Ask systemd about PostgreSQL's unit. Raises PostgresError when `check`."""

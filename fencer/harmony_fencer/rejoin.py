@@ -22,22 +22,22 @@ from typing import Protocol
 
 import trio
 
-from harmony_fencer import bootstrap, durable, places, reasons, settings, wal
+from harmony_fencer import bootstrap, durable, own, places, preflight, reasons, settings, wal
 from harmony_fencer.alone import only_one
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.copies import Copies, may_copy
 from harmony_fencer.durable import read_small
 from harmony_fencer.engine import Outcome
 from harmony_fencer.files import Change, Files
 from harmony_fencer.log import log
-from harmony_fencer.places import STUB, exchange, is_mount, is_stub, move, own_files, size, there, unlink
+from harmony_fencer.places import STUB, exchange, is_stub, move, size, there, unlink
 from harmony_fencer.programs import PostgresError, Programs
 from harmony_fencer.standby import streams
 
 WHOLE = "harmony.whole"  # the last to be written into what is to be put in place
 UNPROVEN = "harmony.unproven"  # in a copy that was never seen streaming and never led: not worth keeping
 LOCK = "rejoin.lock"
-CONTROL_S = 5.0
-PREFLIGHT_S = 30.0
+STREAMS = "it streams"
 STREAM_S = 10.0  # how long it is looked whether the new standby streams
 SHUT_DOWN = ("shut down", "shut down in recovery")
 _PROGRESS = re.compile(r"(\d+)/(\d+) kB \((\d+)%\)")
@@ -58,6 +58,7 @@ class Base(Protocol):
     async def control(self, field: str, data: Path | None = None) -> str: ...
     async def stop(self, *, clean_until_ns: int = 0) -> Outcome: ...
     async def start(self) -> None: ...
+    async def clear_locks(self) -> None: ...
     def settle(
         self, change: Change, primary: str | None, testimony: bytes, where: Path, *, slot: bool = False
     ) -> None: ...
@@ -72,7 +73,8 @@ class Rejoin:
         self.aside = self.data.with_name(self.data.name + ".harmony-rewind")
         self.new = self.data.with_name(self.data.name + ".harmony-new")
         self._working = ""
-        self._slot = False
+        self._slot = self._copied = self._starting = False
+        self._copies = Copies(config)
         self.cannot_rewind = ""
         ids = config.postgres_ids
         self._ids = (ids.uid, ids.gid) if ids is not None else None
@@ -90,7 +92,8 @@ class Rejoin:
 
     async def learn(self) -> None:
         """Whether pg_rewind could help here one day: what was changed without a WAL record, it would not see."""
-        if not there(self._real() / "PG_VERSION"):
+        before, self.cannot_rewind = self.cannot_rewind, preflight.immovable(self.data)
+        if self.cannot_rewind or not there(self._real() / "PG_VERSION"):
             return
         try:
             hints = await self._base.control("wal_log_hints setting", self._real())
@@ -98,7 +101,6 @@ class Rejoin:
         except PostgresError as e:
             log.warning("pg_controldata failed: whether pg_rewind could help is not known", why=str(e))
             return
-        before, self.cannot_rewind = self.cannot_rewind, ""
         if hints == "off" and checksums == "0":
             self.cannot_rewind = (
                 "wal_log_hints is off and there are no data checksums: pg_rewind cannot help here, a copy will be "
@@ -131,6 +133,8 @@ class Rejoin:
         try:
             self._working = f"looking at {primary}"
             bootstrap.check(self.data)
+            if immovable := preflight.immovable(self.data):
+                raise PostgresError(immovable)
             if self.empty:
                 return "there was no data directory"
             where = self._real()
@@ -146,10 +150,12 @@ class Rejoin:
                 )
             why = ""
             if not (self.aside / WHOLE).exists():  # also before a copy: that the source can be reached at all
-                why = await self._cannot_rewind(where, primary)
+                why = await preflight.cannot_rewind(self._c, self._base, where, primary)
             why = "a copy was ordered" if clone else why
             if why:
-                self._may_clone(why)
+                await self._may_clone(primary, why, again=clone)
+            else:
+                await preflight.can_be_written(self._c, where)
             return why
         finally:
             self._working = ""
@@ -162,25 +168,45 @@ class Rejoin:
         `slot`: the primary has one for this node; it keeps the WAL that a copy needs.
         Raises PostgresError, OSError; whatever the end, the next run() takes it up.
         """
-        self._slot = slot and self._c.slots.own
+        self._slot, self._copied = slot and self._c.slots.own, False
         try:
-            if is_mount(self.data):
-                raise PostgresError(
-                    f"{self.data} is a mount point and cannot be moved: put the data directory one level below it "
-                    "(PostgreSQL's documentation advises the same), or rejoin by hand with pg_rewind"
-                )
+            if immovable := preflight.immovable(self.data):
+                raise PostgresError(immovable)
             fd = await only_one(Path(self._c.run_dir) / LOCK, (self.aside, self.new))
             try:
                 said = await self._made(primary, system_identifier, testimony, why_clone, fd)
+                self._working = "starting as a standby"
+                said = await self._started(said, primary, system_identifier, testimony, fd)
             finally:
                 os.close(fd)
-            self._working = "starting as a standby"
-            await self._base.start()
-            return f"{said}; {await self._seen_streaming()}"
+            streams = await self._seen_streaming()
+            if self._copied or streams.startswith(STREAMS):
+                await self._remember("" if streams.startswith(STREAMS) else streams, started=True)
+            return f"{said}; {streams}"
         finally:
             self._working = ""
 
+    async def _started(self, said: str, primary: str, system: str, testimony: bytes, fd: int) -> str:
+        """Where PostgreSQL does not start for what is in a rewound one, it is copied; a copy is the last word."""
+        try:
+            await self._base.start()
+        except PostgresError as e:
+            if not self._copied and reasons.of_the_data(e.reason):
+                await self._may_clone(primary, why := f"{said}, and does not start: {e.reason}")
+                await self._clone(primary, system, testimony, fd)
+                said = f"copied anew from {primary} ({why})"
+                return await self._started(said, primary, system, testimony, fd)
+            if self._copied:
+                await self._remember(e.reason or str(e), started=False)
+            raise
+        return said
+
+    async def _remember(self, failed: str, *, started: bool) -> None:
+        """How the copy ended that was made now; "": it streams. Raises OSError."""
+        await durable.in_thread(lambda: self._copies.ended(failed, self.data, started=started))
+
     async def _made(self, primary: str, system: str, testimony: bytes, why_clone: str, fd: int) -> str:
+        await self._base.clear_locks()  # by postmaster.pid, which another directory does not have
         await self._tidy()
         if not why_clone and (self.data / STUB).exists() and (self.aside / WHOLE).exists():
             await self._put_in_place(self.aside)  # rewound, and interrupted right after it
@@ -191,9 +217,10 @@ class Rejoin:
             except Disturbed:
                 raise
             except PostgresError as e:
-                if reasons.hopeless(f"{e.said} {e}"):
+                text = f"{e.said} {e}"
+                if reasons.hopeless(text) or (self._starting and not reasons.of_the_data(e.reason or text)):
                     raise
-                self._may_clone(why := str(e)[-400:])
+                await self._may_clone(primary, why := str(e)[-400:])
                 log.error("pg_rewind failed: a copy is made instead", why=why)
                 why_clone = f"pg_rewind failed: {why}"
             else:
@@ -203,42 +230,15 @@ class Rejoin:
 
     # ------------------------------------------------------------ rewind
 
-    async def _cannot_rewind(self, where: Path, primary: str) -> str:
-        """Why pg_rewind cannot be tried, as its dry run says; it asks the source first, and the target last."""
-        arguments = (*self._rewind_arguments(where, primary), "--dry-run")
-        try:
-            await self._base.programs.run("pg_rewind", *arguments, timeout_s=PREFLIGHT_S)
-        except PostgresError as e:
-            said = e.said
-            if reasons.NOT_STOPPED in said:
-                return ""
-            if reasons.FOREIGN in said:
-                raise PostgresError(
-                    f"{primary} answers for another cluster (other system identifier): not touched; {said[-200:]}"
-                ) from e
-            if "permission denied for function" in said:
-                role = self._c.replication_user
-                return f'{said[-200:]} (GRANT EXECUTE to "{role}" as pg_rewind(1) says)'
-            if not said and not self._base.pids():
-                return ""  # it has looked at more and more WAL: the real one has all the time that it wants
-            if not said or reasons.hopeless(said):
-                why = reasons.with_advice(said[-300:] or str(e))
-                raise PostgresError(f"the primary {primary} cannot be used as a source: {why}"[:480]) from e
-            return f"pg_rewind would fail: {said[-300:]}"
-        return ""
-
-    def _rewind_arguments(self, where: Path, primary: str) -> tuple[str, ...]:
-        conninfo = settings.conninfo(self._c, primary) + " dbname='postgres'"
-        return ("-D", str(where), "--source-server", conninfo, "--no-ensure-shutdown", "--progress")
-
     async def _rewind(self, primary: str, testimony: bytes, fd: int) -> None:
-        led = False
+        led = self._starting = False
         if not is_stub(self.data):
             led = await self._recover(testimony)
             await self._step_aside()
         self._working = "rewinding"
-        arguments = self._rewind_arguments(self.aside, primary)
-        more = await self._restoring()
+        await self._make_room()
+        arguments = preflight.rewind_arguments(self._c, self.aside, primary)
+        more = await preflight.restoring(self._c, self._base.programs, self.data, self.aside)
         said = await self._base.programs.run(
             "pg_rewind", *arguments, *more, timeout_s=math.inf, watch=self._watch("rewinding"), fds=(fd,)
         )
@@ -267,49 +267,23 @@ class Rejoin:
             self._base.settle(change, None, testimony, self.data)
 
         await self._base.files.change(alone)
+        self._starting = True  # what fails now is for PostgreSQL to say, not for pg_rewind
         await self._base.start()
+        self._starting = False
         until_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + round(self._c.start_timeout_s * 1e9)
         outcome = await self._base.stop(clean_until_ns=until_ns)
         if not outcome.proven:
             raise PostgresError(f"could not be stopped after crash recovery: {outcome.detail}")
         return led
 
-    async def _restoring(self) -> tuple[str, ...]:
-        """Where the user has a restore_command, pg_rewind may fetch from the archive what pg_wal lost."""
-        version = read_small(self.data / "PG_VERSION", 16).decode().strip()
-        config = Path(self._c.config_file)
-        inside = config.parent == self.data
-        if not inside and int(version.split(".")[0]) < 15:
-            return ()  # pg_rewind cannot be told where it is
-        try:
-            said = await self._base.programs.run(
-                "postgres", "-D", str(self.aside), "-c", f"config_file={config}", "-C", "restore_command",
-                timeout_s=CONTROL_S,
-            )  # fmt: skip
-        except PostgresError as e:
-            log.warning("restore_command cannot be read; rewinding without an archive", why=str(e))
-            return ()
-        if not said.strip():
-            return ()
-        return ("--restore-target-wal",) if inside else ("--restore-target-wal", "--config-file", str(config))
-
     # ------------------------------------------------------------ copy
 
-    def _may_clone(self, why: str) -> None:
-        """Raises PostgresError where no copy may or can be made."""
-        real = self._real()
-        if not self._c.rejoin.clone:
-            raise PostgresError(f"only a copy would help, and rejoin.clone is false: {why}"[:480])
-        if any((real / "pg_tblspc").iterdir()):
-            raise PostgresError(
-                f"only a copy would help, and {real} has tablespaces, whose places a copy would need, too: "
-                f"copy it by hand with pg_basebackup --tablespace-mapping; {why}"[:480]
-            )
-        if (real / "pg_wal").is_symlink():
-            raise PostgresError(
-                f"only a copy would help, and pg_wal in {real} is a symlink to a place that the old directory "
-                f"keeps: copy it by hand with pg_basebackup --waldir; {why}"[:480]
-            )
+    async def _may_clone(self, primary: str, why: str, *, again: bool = False) -> None:
+        """Raises PostgresError where no copy may or can be made, or the last one ended as this would."""
+        real, copies = self._real(), self._copies
+        may_copy(self._c, real, why)
+        if refused := await durable.in_thread(lambda: copies.refuses(primary, why, real, again=again)):
+            raise PostgresError(refused)
 
     async def _clone(self, primary: str, system: str, testimony: bytes, fd: int) -> None:
         if (
@@ -319,18 +293,22 @@ class Rejoin:
             await self._fill(primary, system, fd)
             found = await self._base.control("system identifier", self.new)
             if found != system:
-                await self._remove(self.new)
+                await self._discard()
                 raise PostgresError(
                     f"{primary} sent a cluster with system identifier {found}, not {system}: thrown away"
                 )
         await self._furnish(self.new, primary, testimony, unproven=True)
+        self._copied = True
         await self._put_in_place(self.new)
 
     async def _fill(self, primary: str | None, system: str, fd: int) -> None:
         """Beside, from nothing: by the operator's command, as a new cluster (`primary` None), or as a copy."""
-        await self._remove(self.new)
-        await self._change(lambda change: change.act(lambda: self._make(self.new)), parent=True)
+        await self._discard()
         programs = self._base.programs
+        if primary is not None:
+            found = await preflight.tablespaces(self._c, programs, primary) if self.empty != "command" else []
+            await durable.in_thread(lambda: self._copies.begin(primary, found))
+        await self._change(lambda change: change.act(lambda: self._make(self.new)), parent=True)
         if self.empty == "command":
             watch = self._watch("bootstrap.command")
             await bootstrap.command(self._c, programs, self.new, primary, system, (fd,), watch)
@@ -374,9 +352,10 @@ class Rejoin:
                     f"delete {self.data / STUB} and copy by hand"
                 )
             if not (self.new / WHOLE).exists():
-                await self._remove(self.new)
+                await self._discard()
             return
         if (self.data / WHOLE).exists():  # put in place: what stands beside was there before
+            await durable.in_thread(self._copies.in_place)
             for place in (self.aside, self.new):
                 await self._put_away(place)
             await self._change(lambda _: unlink(self.data / WHOLE))
@@ -386,7 +365,15 @@ class Rejoin:
         else:
             await self._put_away(self.aside)
         if not (self.new / WHOLE).exists():
-            await self._remove(self.new)
+            await self._discard()
+
+    async def _discard(self) -> None:
+        """A copy that is not whole, and what it has left in its tablespaces' places."""
+        await self._remove(self.new)
+        old = self.data.parent.glob(f"{self.data.name}.harmony-old-*")
+        for left in await durable.in_thread(lambda: self._copies.left(self.data, self.aside, *old)):
+            log.info("removing what a copy has left", place=left)
+            await self._base.programs.tool("find", left, "-xdev", "-delete", timeout_s=math.inf)
 
     async def _put_away(self, place: Path) -> None:
         """Keep what held this node's data; what only held a place, or a copy that never streamed, is removed."""
@@ -406,13 +393,21 @@ class Rejoin:
             change.write(self.aside / STUB, text.encode())
             change.write(self.aside / "standby.signal", b"")
             change.write(self.aside / "PG_VERSION", read_small(self.data / "PG_VERSION", 16))
-            for name, content in own_files(self.data):
-                change.write(self.aside / name, content)
+            own.put(change, self.aside, own.own_files(self.data))
 
         await self._change(lambda change: change.act(lambda: self._make(self.aside)), parent=True)
         await self._change(fill)
         self._must_be_alone()
         await self._change(lambda change: change.act(lambda: exchange(self.data, self.aside)), parent=True)
+
+    async def _make_room(self) -> None:
+        """For pg_rewind: what it would refuse or overwrite of the node's own is in the stub, by now or for now."""
+
+        def make(change: Change) -> None:
+            own.make_plain(change, self.aside, own.own_files(self.aside))
+            own.move_logs(self.aside, self.data, over=False)
+
+        await self._change(make)
 
     async def _furnish(self, place: Path, primary: str | None, testimony: bytes, *, unproven: bool) -> None:
         """A finished directory gets this node's own files and settings, and the mark that it is whole."""
@@ -420,8 +415,11 @@ class Rejoin:
         def furnish(change: Change) -> None:
             for name in (WHOLE, UNPROVEN, STUB):
                 unlink(place / name)
-            for name, content in own_files(self.data):
-                change.write(place / name, content)
+            own.put(change, place, own.own_files(self.data))
+            if place == self.aside:
+                own.move_logs(self.data, place, over=True)
+            else:
+                own.link_logs(self.data, place)
             change.write(place / "standby.signal", b"")
             self._base.settle(change, primary, testimony, place, slot=self._slot)
             if unproven:
@@ -453,7 +451,7 @@ class Rejoin:
                 await trio.sleep(0.1)
             await self._change(lambda _: unlink(self.data / UNPROVEN))
             removed = await self._prune()
-            return "it streams" + (f"; removed {', '.join(removed)}" if removed else "")
+            return STREAMS + (f"; removed {', '.join(removed)}" if removed else "")
         why = reasons.not_let_in(self.data)
         return f"it does not stream within {STREAM_S:g} s" + (f": {why}" if why else "")
 

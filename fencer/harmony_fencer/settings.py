@@ -24,6 +24,7 @@ from harmony_fencer.protocol import SyncRule
 CONF = "harmony.postgresql.conf"
 INCLUDED = "harmony.included.conf"
 DROP_IN = "zz-harmony.conf"
+WRITTEN = (CONF, INCLUDED, DROP_IN)
 OWN_ALWAYS = ("primary_conninfo", "synchronous_standby_names")  # whatever their value
 OURS = re.compile(rf"^\s*({'|'.join(OWN_ALWAYS)})\s*=", re.MULTILINE)
 _INCLUDE_DIR = re.compile(r"\s*include_dir\s*=?\s*'([^']+)'")
@@ -124,7 +125,7 @@ def _keep_mb(c: FencerConfig, data: Path) -> int:
     return max(_LEAST_MB, disk.f_blocks * disk.f_frsize // 2**20 // _DISK_SHARE)
 
 
-def _texts(file: Path, depth: int = 0) -> Iterator[str]:
+def texts(file: Path, depth: int = 0) -> Iterator[str]:
     """The lines of a configuration file and of what it includes; what cannot be read is PostgreSQL's to refuse."""
     try:
         lines = file.read_text(errors="surrogateescape").splitlines()
@@ -138,12 +139,12 @@ def _texts(file: Path, depth: int = 0) -> Iterator[str]:
         place = file.parent / found.group(2)
         inner = sorted(place.glob("*.conf")) if found.group(1) == "include_dir" else [place]
         for one in inner:
-            if one.name not in {CONF, INCLUDED, DROP_IN}:
-                yield from _texts(one, depth + 1)
+            if one.name not in WRITTEN:
+                yield from texts(one, depth + 1)
 
 
 def _user_sets(c: FencerConfig, key: str) -> bool:
-    settings = (_SETTING.match(line) for line in _texts(Path(c.config_file)))
+    settings = (_SETTING.match(line) for line in texts(Path(c.config_file)))
     return any(found is not None and found.group(1).lower() == key for found in settings)
 
 

@@ -14,6 +14,7 @@ import psycopg
 import structlog
 import trio
 
+from harmony import session
 from harmony.agent.probe import Target
 from harmony.agent.settings import ASKED, check, limits
 from harmony.agent.slots import (
@@ -59,7 +60,7 @@ _CREATE_LOGICAL = (
 _ADVANCE = "SELECT pg_replication_slot_advance(%s, %s::pg_lsn) WHERE pg_is_in_recovery() = %s"
 _DROP = "SELECT pg_drop_replication_slot(%s) WHERE pg_is_in_recovery() = %s"
 
-Link = psycopg.Connection[tuple[object, ...]]
+Link = session.Link
 
 
 class Keeper:
@@ -88,7 +89,7 @@ class Keeper:
         try:
             with contextlib.closing(self._connect(self._target.dbname)) as link:
                 return self._done(link, duty, asked_ns)
-        except psycopg.Error:
+        except (psycopg.Error, *session.UNREADABLE):
             return None  # the probe says why; nothing was found, and nothing is claimed
         finally:
             self._busy = False
@@ -141,15 +142,13 @@ class Keeper:
 
     def _connect(self, dbname: str) -> Link:
         t = self._target
-        return psycopg.connect(
+        return session.connect(
             host=t.socket_dir,
             port=t.port,
             user=t.user,
             dbname=dbname,
-            connect_timeout=2,
-            autocommit=True,
             application_name="harmony-slots",
-            options=f"-c statement_timeout={STATEMENT_MS}",
+            settings={"statement_timeout": str(STATEMENT_MS)},
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psycopg
 import trio
 
+from harmony import session
 from harmony.core.messages import DbSeen, DbSilent, Walsender
 from harmony.errors import in_a_line
 
@@ -33,7 +34,7 @@ SELECT pg_is_in_recovery(),
        wal_waiters, sync_waiters, sessions,
        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int,
        pg_postmaster_start_time()::text, checkpointer, file_waiters,
-       current_setting('synchronous_standby_names'),
+       COALESCE(held, false), current_setting('synchronous_standby_names'),
        COALESCE((SELECT json_agg(json_build_array(application_name, sync_priority > 0, flush_lsn - '0/0'::pg_lsn))
                    FROM pg_stat_replication WHERE state = 'streaming' AND flush_lsn IS NOT NULL), '[]')
   FROM (SELECT count(*) FILTER (WHERE lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
@@ -41,8 +42,10 @@ SELECT pg_is_in_recovery(),
                count(*) FILTER (WHERE backend_type = 'client backend'),
                max(backend_start) FILTER (WHERE backend_type = 'checkpointer')::text,
                (array_agg(pid ORDER BY query_start, pid)
-                FILTER (WHERE wait_event LIKE 'DataFile%' AND wait_event NOT LIKE '%Sync'))[:64]
-          FROM pg_stat_activity) AS a (wal_waiters, sync_waiters, sessions, checkpointer, file_waiters)
+                FILTER (WHERE wait_event LIKE 'DataFile%' AND wait_event NOT LIKE '%Sync'))[:64],
+               bool_or(wait_event IN ('RecoveryApplyDelay', 'RecoveryPause') OR wait_event LIKE 'RecoveryConflict%'
+                       OR wait_event_type IN ('Lock', 'BufferPin')) FILTER (WHERE backend_type = 'startup')
+          FROM pg_stat_activity) AS a (wal_waiters, sync_waiters, sessions, checkpointer, file_waiters, held)
 """
 # The least that proves a flush to this disk and to nobody else's: a commit that waits for no standby.
 _MESSAGE = "SELECT pg_logical_emit_message(true, 'harmony', '')"
@@ -78,8 +81,8 @@ class Probe:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
-        self._writer: psycopg.Connection[tuple[object, ...]] | None = None
+        self._connection: session.Link | None = None
+        self._writer: session.Link | None = None
         self.vitals: Vitals | None = None  # of the newest answer
         self.refused = ""  # what the newest question was answered with instead: an error; "": nothing
         self._busy = False
@@ -97,7 +100,7 @@ class Probe:
         self._busy = True
         try:
             return self._query(now_ns)
-        except psycopg.Error as e:
+        except (psycopg.Error, *session.UNREADABLE) as e:
             self.close()
             why = in_a_line(e)
             self.refused = "" if isinstance(e, psycopg.errors.ConnectionTimeout) else why
@@ -112,7 +115,7 @@ class Probe:
         if row is None:
             return DbSilent("PostgreSQL gave no row")
         recovering, received, replayed, timeline, streaming, system_identifier, early, *rest = row
-        wal, sync, sessions, limit, postmaster, checkpointer, waiters, names, senders = rest
+        wal, sync, sessions, limit, postmaster, checkpointer, waiters, held, names, senders = rest
         # On a standby that has just started nothing was received yet: what it has replayed it also has.
         position = max(_number(received), _number(replayed))
         self.vitals = Vitals(
@@ -137,18 +140,18 @@ class Probe:
             walsenders=_walsenders(senders),
             waiting=self.vitals.sync_waiters > 0,
             early=bool(early),
+            held=bool(recovering and held),
         )
 
-    def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
+    def _connect(self, **settings: str) -> session.Link:
         t = self._target
-        return psycopg.connect(
+        return session.connect(
             host=t.socket_dir,
             port=t.port,
             user=t.user,
             dbname=t.dbname,
-            connect_timeout=2,
-            autocommit=True,
             application_name="harmony-agent",
+            settings=settings,
         )
 
     def write(self) -> str:
@@ -158,8 +161,7 @@ class Probe:
         """
         try:
             if self._writer is None:
-                self._writer = self._connect()
-                self._writer.execute("SET synchronous_commit = local")
+                self._writer = self._connect(synchronous_commit="local")
             self._writer.execute(_MESSAGE)
         except psycopg.Error as e:
             if self._writer is not None:

@@ -123,7 +123,9 @@ def _streaming(v: View, before: DbSeen | None, e: DbSeen, now_ns: int) -> View:
         v = replace(v, rejoins=0, rejoined=False, rejoin_why="")
     if streams > 1:
         return replace(v, streams=streams, unstreamed_ns=0)
-    return replace(v, streams=streams, unstreamed_ns=v.unstreamed_ns or now_ns)
+    # Recovery asks for WAL only at the end of what is there: until then its silence proves nothing.
+    replays = e.held or (before is not None and e.replayed_lsn > before.replayed_lsn)
+    return replace(v, streams=streams, unstreamed_ns=now_ns if replays else v.unstreamed_ns or now_ns)
 
 
 def _rejoin_seen(v: View, f: FencerView, now_ns: int) -> View:

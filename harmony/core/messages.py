@@ -190,7 +190,8 @@ class DbSeen:
 
     Of a primary also: `names`, the synchronous_standby_names that the answering session has loaded; `walsenders`;
     whether some commit was seen `waiting` for a synchronous standby; and whether it is too `early` for a rewind to it:
-    its control file still names the timeline that it left.
+    its control file still names the timeline that it left. Of a standby: whether its replay is `held` up, by a delay, a
+    pause or a query, and so asks for no WAL until it has come to the end of what is there.
     """
 
     db: Literal["standby", "primary"]
@@ -204,6 +205,7 @@ class DbSeen:
     walsenders: tuple[Walsender, ...] = ()
     waiting: bool = False
     early: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

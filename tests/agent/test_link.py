@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import trio
 
+from harmony.agent.fencer import FencerClient
 from harmony.agent.link import FencerLink, _view
 from harmony.core.messages import (
     Event,
@@ -28,7 +29,6 @@ from harmony.core.messages import (
 )
 from harmony.core.sync import HOLD, Rule
 from harmony.errors import FencerUnavailable
-from harmony.agent.fencer import FencerClient
 from harmony.fencer_client import call, protocol
 from harmony_fencer.protocol import Generation, Latch, OrderRecord, SyncRule, SyncTold
 

@@ -17,7 +17,9 @@ from harmony.config import Config, load
 from harmony.config_text import example, markdown
 from harmony.core.timing import Timing
 from harmony.errors import ConfigError
-from harmony.resolve import find_config_file, resolve
+from harmony.mounts import is_mount
+from harmony.resolve import find_config_file, remarks, resolve
+from harmony_fencer import mounts
 from harmony_fencer.config import FencerConfig
 
 GOOD = """
@@ -272,3 +274,55 @@ def test_documented(rewrite: bool) -> None:
     if rewrite:
         path.write_text(markdown())
     assert path.read_text() == markdown()
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "place"),
+    [
+        ("node", 'state_dir = "/tmp/nowhere/state"', "node.state_dir"),
+        ("node", 'state_dir = "/tmp/nowhere"', "node.state_dir"),
+        ("postgresql", 'socket_dir = "/tmp/../tmp/nowhere/s"', "postgresql.socket_dir"),
+        ("postgresql", 'replication_passfile = "/tmp/nowhere/.pgpass"', "postgresql.replication_passfile"),
+        ("postgresql", 'config_file = "/tmp/nowhere/conf/postgresql.conf"', "postgresql.config_file"),
+        ("bootstrap", 'sql_file = "/tmp/nowhere/roles.sql"', "bootstrap.sql_file"),
+        ("store", 'credentials_file = "/tmp/nowhere/creds"', "store.credentials_file"),
+    ],
+)
+def test_nothing_of_harmonys_own_is_inside_the_data_directory(
+    tmp_path: Path, section: str, line: str, place: str
+) -> None:
+    """F8: a rewind exchanges it for a stub, and the password file was gone."""
+    text = GOOD if f"[{section}]" in GOOD else GOOD + f"[{section}]\n"
+    (found,) = problems(write(tmp_path, text.replace(f"[{section}]", f"[{section}]\n{line}")))
+    assert found.partition(": ")[2].startswith(f"{place}: ")
+    assert "inside postgresql.data_dir" in found
+
+
+def test_what_a_link_leads_inside_the_data_directory_is_refused_on_the_host(tmp_path: Path) -> None:
+    """F8: by another name it is as gone."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    text = GOOD.replace(
+        '"/tmp/nowhere"', f'"{tmp_path}/data"\nreplication_passfile = "{tmp_path}/link/.pgpass"'
+    )
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(write(tmp_path, text), {}))
+    assert any(p.startswith("postgresql.replication_passfile: ") for p in caught.value.problems)
+    whole = problems(write(tmp_path, GOOD.replace('"/tmp/nowhere"', f'"{tmp_path}"')))
+    assert "harmony.toml is inside postgresql.data_dir" in "".join(whole)
+    kept = GOOD.replace('"/tmp/nowhere"', '"/tmp/nowhere"\nconfig_file = "/tmp/nowhere/postgresql.conf"')
+    load(write(tmp_path, kept), {})  # at its top it is kept
+
+
+def test_a_mount_point_is_told_on_the_first_day(tmp_path: Path) -> None:
+    """F12: also a bind mount, of the same file system; it keeps nobody from starting."""
+    (table := tmp_path / "mountinfo").write_text(
+        "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n23 22 8:1 /a /srv/my\\040data rw - ext4 /dev/sda1 rw\n"
+    )
+    for looks in (is_mount, mounts.is_mount):
+        assert looks(Path("/srv/my data"), table)
+        assert not looks(Path("/srv"), table)
+    c = load(write(tmp_path, GOOD.replace('"/tmp/nowhere"', '"/proc"')), {})
+    (said,) = remarks(c)
+    assert "postgresql.data_dir: /proc is a mount point" in said
+    assert remarks(load(write(tmp_path, GOOD), {})) == []

@@ -36,6 +36,7 @@ class Following:
         self.beating = True  # the primary
         self.primary_talks = False  # its own record goes on, whatever becomes of its heartbeat
         self.timeline, self.lsn, self.streaming = 4, 1000, True
+        self.held = False
         self.up = True
         self.orders: list[Order] = []
         self.own: Member | None = None
@@ -57,9 +58,8 @@ class Following:
                 self.revision += 1
                 events.append(MemberSeen("n1", self.primary, self.revision, EPOCH + self.now))
             if self.up:
-                events.append(
-                    DbSeen("standby", self.timeline, self.lsn, self.lsn, self.streaming, "sys", self.now)
-                )
+                db = DbSeen("standby", self.timeline, self.lsn, self.lsn, self.streaming, "sys", self.now)
+                events.append(replace(db, held=self.held))
             self.view, commands = step(self.view, events, self.me, FAST, self.now)  # type: ignore[arg-type]
             for c in commands:
                 match c:
@@ -130,6 +130,23 @@ def test_a_diverged_standby_is_rejoined_with_the_clusters_identity() -> None:
     assert order.generation == (3, 2)
     c.do(1)
     assert "a rejoin is under way" in c.view.why
+
+
+@pytest.mark.parametrize("kind", ["held", "replays"])
+def test_a_standby_that_has_not_come_to_the_end_of_its_wal_is_not_astray(kind: str) -> None:
+    """F10: a delayed one was copied anew after each failover. Until it has replayed what is there it asks for nothing;
+    nor does one that replays long. Once it asks, in vain, it is rejoined."""
+    c = Following()
+    c.diverges()
+    c.lsn, c.held = 100, kind == "held"
+    for _ in range(round(3 * AFTER_S)):
+        c.do(1)
+        c.lsn += kind == "replays"
+    c.do(AFTER_S / 2)
+    assert c.ops == []
+    c.held = False
+    c.do(AFTER_S + 1)
+    assert c.ops == ["rejoin"]
 
 
 def test_what_is_certain_is_not_waited_for() -> None:
