@@ -90,6 +90,10 @@ class SelfView(msgspec.Struct, frozen=True):
     retiring: bool = False  # it was asked to stop
     successor: str | None = None  # to whom it hands leadership over now
     store: StoreView = StoreView()
+    store_failure: str = (
+        ""  # "writes fail: …" or "reads fail: …" with the cause; "": the last calls were answered
+    )
+    store_failing_s: float = 0.0  # for how long
 
 
 class StatusReply(msgspec.Struct, frozen=True):
