@@ -98,7 +98,10 @@ class SelfView(msgspec.Struct, frozen=True):
     retiring: bool = False  # it was asked to stop
     successor: str | None = None  # to whom it hands leadership over now
     store: StoreView = StoreView()
-    store_failure: str = ""  # what the newest failed call of the store said; "": calls are answered
+    store_failure: str = (
+        ""  # "writes fail: …" or "reads fail: …" with the cause; "": the last calls were answered
+    )
+    store_failing_s: float = 0.0  # for how long
     failure_threshold: int = 0  # so many heartbeats in a row may not fail; 0: not told, likewise below
     beat_s: float = 0.0  # the longest between two good heartbeats: interval and timeout
     lease_s: float = 0.0

@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from harmony.admin import AcceptReply, ErrorReply, NodeView, SelfView, Shown, StatusReply, StoreView
+from harmony.agent.failing import Failing
 from harmony.agent.health import Health
 from harmony.agent.link import FencerLink
 from harmony.agent.memory import Memory
@@ -97,6 +98,18 @@ class World:
     say: Callable[[str], None]
 
 
+def _event(entry: Entry, *, by_read: bool) -> Event | None:
+    """What the entry tells; None: nothing of ours. Raises msgspec.DecodeError."""
+    if entry.key == CLUSTER_STATE:
+        return ClusterSeen(decode_cluster(entry.value), entry.revision, entry.created_ns, by_read)
+    if entry.key.startswith(MEMBER_PREFIX):
+        name = entry.key.removeprefix(MEMBER_PREFIX)
+        return MemberSeen(name, decode_member(entry.value), entry.revision, entry.created_ns)
+    if entry.key == CONTROL:
+        return ControlSeen(decode_control(entry.value), entry.revision)
+    return None
+
+
 class Shell:
     """The running agent."""
 
@@ -119,8 +132,8 @@ class Shell:
         self._ended = ""
         self._wake = trio.Event()
         self._epoch = 0
-        self._store_told = ""
-        self._store_failing: dict[str, str] = {}  # what a write and a read last failed with; newest last
+        self._failing = Failing()
+        self._unreadable: dict[str, str] = {}  # key → why, as it was logged
         self._probe_told = ""
         self._fatal: str | None = None
         self._link = FencerLink(world.fencer_socket, self.post)
@@ -154,20 +167,15 @@ class Shell:
 
     def _decoded(self, entry: Entry, *, by_read: bool) -> Event | None:
         try:
-            if entry.key == CLUSTER_STATE:
-                cluster = decode_cluster(entry.value)
-                return ClusterSeen(cluster, entry.revision, entry.created_ns, by_read)
-            if entry.key.startswith(MEMBER_PREFIX):
-                name = entry.key.removeprefix(MEMBER_PREFIX)
-                return MemberSeen(name, decode_member(entry.value), entry.revision, entry.created_ns)
-            if entry.key == CONTROL:
-                return ControlSeen(decode_control(entry.value), entry.revision)
+            event = _event(entry, by_read=by_read)
         except Unreadable as e:
-            text = f"revision {entry.revision} of {entry.key} is not a record of this version: {e}"
-            if text != self._store_told:
-                self._store_told = text
-                log.error("unreadable record", why=text)  # noqa: TRY400 (the text is whole, a traceback says no more)
-        return None
+            text = f"{entry.key} is not a record of this version: {e}"
+            if text != self._unreadable.get(entry.key):  # its revision moves on twice a second
+                self._unreadable[entry.key] = text
+                log.error("unreadable record", why=text, revision=entry.revision)  # noqa: TRY400 (the text is whole)
+            return None
+        self._unreadable.pop(entry.key, None)
+        return event
 
     async def _probing(self) -> None:
         while True:
@@ -284,13 +292,6 @@ class Shell:
 
     # ------------------------------------------------------------ commands to the store
 
-    def _store_failed(self, kind: str, e: StoreUnavailable) -> None:
-        self._store_failing.pop(kind, None)
-        self._store_failing[kind] = str(e)
-        if str(e) != self._store_told:
-            self._store_told = str(e)
-            log.warning("store unavailable", why=str(e))
-
     async def _write(self, w: Write) -> None:
         timeout_s = max(0.001, w.timeout_ns / NS)
         try:
@@ -299,16 +300,15 @@ class Shell:
             else:
                 revision = await self._store.update(w.key, encode(w.record), w.revision, timeout_s=timeout_s)
         except SequenceMismatch:
-            self._store_failing.pop("write", None)
+            self._failing.worked("write")
             self.post(WriteDone(w.key, w.attempt, "refused"))
         except StoreUnavailable as e:
-            self._store_failed("write", e)
+            self._failing.failed("write", str(e), boot_ns())
             self.post(WriteDone(w.key, w.attempt, "unknown"))
         except StoreMisconfigured as e:
             self._fatal = str(e)
         else:
-            self._store_told = ""
-            self._store_failing.pop("write", None)
+            self._failing.worked("write")
             self.post(WriteDone(w.key, w.attempt, "acked", revision))
 
     async def _get(self, key: str, timeout_s: float) -> bool:
@@ -317,12 +317,12 @@ class Shell:
         try:
             entry = await self._store.get(key, timeout_s=timeout_s)
         except StoreUnavailable as e:
-            self._store_failed("read", e)
+            self._failing.failed("read", str(e), boot_ns())
             return False
         except StoreMisconfigured as e:
             self._fatal = str(e)
             return False
-        self._store_failing.pop("read", None)
+        self._failing.worked("read")
         if entry is not None:
             event = self._decoded(entry, by_read=True)
             if event is None:
@@ -433,6 +433,7 @@ class Shell:
                 )
             )
         f = v.fencer
+        failure, failing_s = self._failing.newest(now)
         return StatusReply(
             cluster_id=self._me.cluster_id,
             cluster=v.cluster,
@@ -457,7 +458,8 @@ class Shell:
                 retiring=v.retiring,
                 successor=v.successor,
                 store=self._store_view(now),
-                store_failure=next(reversed(self._store_failing.values()), ""),
+                store_failure=failure,
+                store_failing_s=failing_s,
                 failure_threshold=self._timing.failure_threshold,
                 beat_s=self._timing.heartbeat_interval_s + self._timing.heartbeat_timeout_s,
                 lease_s=self._timing.lease_s,

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog.testing
 import trio
 from structlog.testing import capture_logs
 
 from harmony.admin import AcceptReply, ErrorReply
 from harmony.agent import memory
+from harmony.agent.failing import Failing
 from harmony.agent.main import identity
 from harmony.agent.memory import Memory
 from harmony.agent.shell import Shell, World
@@ -269,3 +271,53 @@ async def test_another_clusters_data_founds_nothing_unless_that_cluster_is_named
         assert r.shell.status().myself.store.was_in == ""
         assert isinstance(r.shell.accept(create=True, who="somebody", leave="main"), ErrorReply)
         await r.until(lambda: memory.load(tmp_path, "c1").was_in == "")
+
+
+async def test_failing_writes_are_named_while_reads_work(config: Config, tmp_path: Path) -> None:
+    """F13: where JetStream's disk is full, the status says that writes fail, and why, until one is stored again."""
+    server = MemoryServer()
+    async with running(config, tmp_path, server) as r:
+        await r.until(lambda: r.shell.status().nodes[1].member is not None)
+        assert (r.shell.status().myself.store_failure, r.shell.status().myself.store_failing_s) == ("", 0.0)
+        r.store.faults.lost = 1_000_000
+        await r.until(lambda: r.shell.status().myself.store_failure.startswith("writes fail: "))
+        await r.until(lambda: r.shell.status().myself.store_failing_s > 0.6)  # reads do not end it
+        r.store.faults.lost = 0
+        await r.until(lambda: r.shell.status().myself.store_failure == "")
+
+
+def test_each_cause_of_a_failure_is_logged_once() -> None:
+    """B18: two texts in turn, or one with another number each time, are no flood."""
+    failing = Failing()
+    with structlog.testing.capture_logs() as logs:
+        for n in range(100):
+            failing.failed("read", f"no answer within 0.{n} s", n)
+            failing.failed("read", "not connected", n)
+        assert len(logs) == 2
+        failing.worked("write")
+        failing.failed("read", "not connected", 100)
+        assert len(logs) == 2
+        failing.worked("read")
+        failing.failed("read", "not connected", 101)
+        assert len(logs) == 3
+
+
+async def test_an_unreadable_record_is_logged_once_not_at_each_revision(
+    config: Config, tmp_path: Path
+) -> None:
+    """B18: a node of another version writes twice a second; the log says so once, and again after it was readable."""
+    server = MemoryServer()
+    with structlog.testing.capture_logs() as logs:
+        async with running(config, tmp_path, server) as r:
+
+            def told() -> int:
+                return sum(e["event"] == "unreadable record" for e in logs)
+
+            for _ in range(20):
+                await r.put(CLUSTER_STATE, b"{}")
+            await r.until(lambda: told() == 1)
+            await r.put(CLUSTER_STATE, encode(LEADS))
+            await r.until(lambda: r.shell.status().cluster is not None)
+            assert told() == 1
+            await r.put(CLUSTER_STATE, b"{}")
+            await r.until(lambda: told() == 2)
