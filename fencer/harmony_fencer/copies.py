@@ -18,6 +18,7 @@ import msgspec
 
 from harmony_fencer import bootstrap, durable, reasons, settings
 from harmony_fencer.config import FencerConfig
+from harmony_fencer.decoding import Unreadable, decoded
 from harmony_fencer.mounts import is_mount
 from harmony_fencer.own import own_files
 from harmony_fencer.programs import PostgresError
@@ -36,6 +37,9 @@ class LastCopy(msgspec.Struct, frozen=True):
     configuration: str = ""
 
 
+_LAST = msgspec.json.Decoder(LastCopy)
+
+
 class Copies:
     """Of one data directory."""
 
@@ -45,8 +49,8 @@ class Copies:
     def last(self) -> LastCopy:
         """Nothing, where nothing is known."""
         try:
-            return msgspec.json.decode(self._file.read_bytes(), type=LastCopy)
-        except (OSError, msgspec.DecodeError):
+            return decoded(_LAST, self._file.read_bytes())
+        except (OSError, Unreadable):
             return LastCopy()
 
     def begin(self, primary: str, tablespaces: list[str]) -> None:

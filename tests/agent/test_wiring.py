@@ -78,7 +78,7 @@ action = "alarm"
 disk_free_mb = 7
 write_probe = "always"
 [postgresql]
-data_dir = "{folder}"
+data_dir = "{folder}/data"
 socket_dir = "{folder}/s"
 db_user = "the_user"
 db_name = "the_database"

@@ -73,12 +73,14 @@ def test_it_is_said_by_the_check_and_at_the_start(tmp_path: Path) -> None:
     bins.mkdir()
     for name in ("postgres", "pg_ctl", "pg_controldata"):
         (bins / name).touch()
-    conf(tmp_path, "listen_addresses = '127.0.0.1'\n")
+    data = tmp_path / "data"
+    data.mkdir()
+    conf(data, "listen_addresses = '127.0.0.1'\n")
     user = 'user = "nobody"\n' if os.geteuid() == 0 else ""
     if os.geteuid() == 0:
-        os.chown(tmp_path, 65534, 65534)
+        os.chown(data, 65534, 65534)
     lines = f'listen_addresses = "*"\nbin_dir = "{bins}"\n{user}'
-    text = GOOD.replace("[postgresql]\n", f"[postgresql]\n{lines}").replace(NOWHERE, str(tmp_path))
+    text = GOOD.replace("[postgresql]\n", f"[postgresql]\n{lines}").replace(NOWHERE, str(data))
     file = tmp_path / "harmony.toml"
     file.write_text(text)
     loaded = load(file, {})

@@ -317,8 +317,8 @@ def _host(world: World, f: Fault) -> bool:
         case "fsync":  # of a checkpoint; so long it learns of no new configuration
             host.fsync += 1
         case "foreign":  # a data directory that was put in place of the right one, while nothing wrote
-            if pg.mode == "primary" or fencer.active is not None:
-                return False
+            if pg.mode == "primary" or fencer.active is not None or world.store.cluster is None:
+                return False  # whose data founds the cluster is no stranger's: the others' would be
             host.foreign += 1
             fencer.bell()
             if f.amount:
