@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SCENARIO ?= node-killed
 PRESET ?= fast
 
-.PHONY: demo test test-fast test-pythons test-lowest test-newest lock check exhaustive bench bench-failover bench-fence bench-load bench-scale soak chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
+.PHONY: demo test test-all test-strict test-fast test-pythons test-lowest test-newest lock check exhaustive bench bench-failover bench-fence bench-load bench-scale soak chaos fuzz test-versions test-vm test-sick sim sim-long clean rewrite
 .DELETE_ON_ERROR:
 
 # All that demo, tests and checks need, in the locked versions, by their hashes; then this tree itself, which needs nothing more.
@@ -25,7 +25,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m tests $(PYTEST_ARGS)
 
-# Everything that needs no real server: seconds.
+# All of it: each case of what `make test` samples, and 2,000 simulated hours.
+test-all: $(STAMP)
+	$(BIN)/python -m tests --all $(PYTEST_ARGS)
+
+# The tests of real servers once more, one after the other and alone: each promise held to its own figure (tests/pace.py).
+test-strict: $(STAMP)
+	TESTS_STRICT=1 $(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+# Everything that needs no real server: a minute or two.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not real' $(PYTEST_ARGS)
 

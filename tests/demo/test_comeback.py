@@ -108,9 +108,10 @@ class Old:
         return "pg_basebackup" in line[0] and str(self.node.folder) in " ".join(line) if line else False
 
     def status(self) -> str:
-        """This node's line of `harmonyctl status` at the leader."""
+        """What `harmonyctl status` at the leader says of this node: its row, and what is below the table."""
         _, text = self.running.harmonyctl(self.leader(), "status")
-        return "".join(line for line in text.splitlines() if f" {self.node.port} " in line.replace(":", " "))
+        mine = (f":{self.node.port} ", f" {self.name} does not stream")
+        return "\n".join(line for line in text.splitlines() if any(words in line for words in mine))
 
     def progress(self) -> str:
         reply = ask_status(self.node.admin_socket, 1.0)
