@@ -56,6 +56,7 @@ def kept(node: Node, writer: Writer, deadline_ns: int, more_s: float = 0.3) -> N
     """W9: wait until the promise is due; not one write was acknowledged after it."""
     due_ns = deadline_ns + round(FENCE_S * 1e9)
     time.sleep(max(0, due_ns - boot_ns()) / 1e9 + more_s)
+    node.wait(lambda: boot_ns() - writer.last_ns > 500_000_000, "writes end")  # also where the bound is slack
     late_s = (writer.last_ns - due_ns) / 1e9
     assert late_s <= pace.SLACK_S, f"written {late_s:.2f} s after lease end + fence_timeout: {node.log()}"
 
