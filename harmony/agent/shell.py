@@ -53,7 +53,7 @@ from harmony.core.messages import (
     WriteDone,
 )
 from harmony.core.node import initial, member_record, step
-from harmony.core.observe import stale, stopped
+from harmony.core.observe import cannot_found, stale, stopped
 from harmony.core.slots import Duty
 from harmony.core.states import WRITABLE_STATES, State
 from harmony.core.timing import NS, Timing
@@ -379,6 +379,8 @@ class Shell:
             )
         if not why and v.cluster is not None:
             return ErrorReply(f"nothing to accept: {self._me.node} does not distrust the store")
+        if create and (why_not := cannot_found(v, permitted=True)):
+            return ErrorReply(f"{self._me.node} cannot found the cluster: {why_not}")
         what = f"{facts.lineage or 'no bucket'}" if facts is not None else "not looked at yet"
         seen = f"revision {v.marks.revision}, term {v.marks.term}" if v.marks.revision else "nothing"
         log.warning("an operator accepts the store", who=who, create=create, store=what, seen=seen, why=why)

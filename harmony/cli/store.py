@@ -25,7 +25,8 @@ RISKS = """What accepting risks:
   sure that no other store answers those nodes, and that no other PostgreSQL of this cluster accepts writes.
 - It is about this node only: run it on every node that distrusts the store (`harmonyctl store show`)."""
 FOUND_RISK = """- --found: where the store is empty, THIS NODE'S DATA BECOMES THE CLUSTER'S. Give it on one node only,
-  the one with the newest data (compare the LSNs of `harmonyctl status`); on the others run the command without it."""
+  the one with the newest data (the highest timeline in `harmonyctl status`, then the highest LSN); on the others run
+  the command without it."""
 
 MOVE_RISK = """- THIS NODE'S DATA BELONGED TO CLUSTER {was_in}, and {cluster_id} is configured. Most likely
   cluster.id is mistyped: then correct it, restart Harmony and accept nothing. If {was_in} goes on without this node,

@@ -41,6 +41,7 @@ from harmony.core.view import (
     alive,
     database,
     distrust,
+    founded_from,
     highest,
     is_leading,
     next_timeline,
@@ -351,7 +352,7 @@ def _cluster_record(v: View, me: Identity, attempt: str) -> ClusterState:
             sync_count=rule.count,
             sync_voters=rule.voters,
             begins=c.begins if c is not None else 0,
-            reserved=max(v.reserving, c.reserved if c is not None else 0),
+            reserved=max(v.reserving, c.reserved) if c is not None else founded_from(v),
             changes=_changes(v, c, term),
             adopting=v.intent == "create" and f.adopting,
         )

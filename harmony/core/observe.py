@@ -277,11 +277,14 @@ def _successor(v: View, me: Identity, t: Timing, now_ns: int) -> tuple[bool, boo
 # ---------------------------------------------------------------- founding and adoption
 
 
-def cannot_found(v: View) -> str:
+def cannot_found(v: View, *, permitted: bool = False) -> str:
     """Why nothing is founded with the data here; "": it may be. A standby's is behind a primary that may still run. And
-    where nothing stands at data_dir, other members' data would be another cluster's from then on."""
+    where nothing stands at data_dir, other members' data would be another cluster's from then on. What a rejoin has
+    left half done starts nowhere. `permitted`: an operator lets it found."""
     f = v.fencer
-    if f is not None and f.was_standby and not (v.may_found or f.adopting):
+    if f is not None and f.unfinished:
+        return "a rejoin was interrupted here, so this data directory is not whole: another node's data has to found"
+    if f is not None and f.was_standby and not (permitted or v.may_found or f.adopting):
         advice = "harmonyctl adopt where it runs; or, where none does and this is the newest data, store accept --found"
         return f"what ran here last was the standby of some primary: {advice}"
     if f is None or f.system_identifier is not None:
@@ -390,7 +393,10 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
         adopting=f is not None and f.adopting,
         adoption_waits=not_ready(v, me),
         sync_shown=v.db is not None and (v.db.names != "" or not me.sync_count),
-        may_found=f is not None and v.may_found != "" and f.system_identifier == v.may_found,
+        may_found=f is not None
+        and v.may_found != ""
+        and f.system_identifier == v.may_found
+        and not f.unfinished,
         wanted=to,
         wanted_why=why_not,
         named=v.successor,

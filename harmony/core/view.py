@@ -268,6 +268,17 @@ def target(v: View, me: Identity) -> str | None:
     return v.cluster.primary
 
 
+# Timelines that the lost part of a history may have begun since whoever founds anew left it. What is passed over costs
+# the next promotion a history file each (harmony_fencer/timelines.py).
+LEAP = 64
+
+
+def founded_from(v: View) -> int:
+    """What a founder reserves. Of a cluster that an operator founds anew, nodes that are not heard now may hold
+    timelines of a history that is lost: none of theirs may come to stand for a newer one than ours."""
+    return next_timeline(v) - 1 + LEAP if v.may_found else v.reserving
+
+
 def next_timeline(v: View) -> int:
     """A number that no promotion in this cluster has been given, as far as the store and its members tell."""
     c, f = v.cluster, v.fencer

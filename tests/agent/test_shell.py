@@ -29,6 +29,7 @@ from harmony.records import CLUSTER_STATE, CONTROL, Control, encode
 from harmony.store.memory import MemoryServer, MemoryStore
 from harmony.verdict import CANNOT_TELL, judge
 from tests.cli.test_commands import CLUSTER
+from tests.core.helpers import fencer
 
 CONFIG = """
 [cluster]
@@ -73,7 +74,7 @@ class Running:
     ended: trio.Event
 
     async def until(self, condition: Callable[[], object]) -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while not condition():
                 await trio.sleep(0.005)
 
@@ -204,6 +205,19 @@ async def test_a_store_that_is_gone_is_made_anew_only_where_it_is_to_be_founded(
         r.shell.accept(create=True, who="somebody", leave="")
         assert not r.server.missing
         await r.until(lambda: r.shell.status().myself.store.lineage == "memory-2")
+
+
+async def test_data_that_is_not_whole_is_refused_as_a_founder(config: Config, tmp_path: Path) -> None:
+    """I5: and nothing is made anew for it; found by simulation (seed 29934911074)."""
+    remembered = Remembered(Marks(3, 7, "a", "memory-1"))
+    async with running(config, tmp_path, MemoryServer(missing=True), remembered) as r:
+        await r.until(lambda: "is gone" in r.shell.status().myself.distrust)
+        r.shell.post(fencer(unfinished=True))
+        await r.until(lambda: (f := r.shell._view.fencer) is not None and f.unfinished)
+        refused = r.shell.accept(create=True, who="somebody", leave="")
+        assert isinstance(refused, ErrorReply)
+        assert "not whole" in refused.error
+        assert r.server.missing
 
 
 async def test_status_tells_of_now_what_the_store_does_not_take(config: Config, tmp_path: Path) -> None:

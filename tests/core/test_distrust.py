@@ -26,11 +26,11 @@ from harmony.core.messages import (
     WriteDone,
 )
 from harmony.core.node import initial, step
-from harmony.core.observe import needed, observe, stopped
+from harmony.core.observe import cannot_found, needed, observe, stopped
 from harmony.core.states import State
 from harmony.core.table import Observation, decide
 from harmony.core.timing import NS
-from harmony.core.view import Policy, View, distrust
+from harmony.core.view import LEAP, Policy, View, distrust
 from harmony.records import CLUSTER_STATE, ClusterState, Control
 from tests.core.helpers import (
     EPOCH,
@@ -450,3 +450,31 @@ def test_a_founder_founds_with_the_data_that_the_operator_looked_at() -> None:
     v, commands = step(v, [fencer(system_identifier="foreign"), seen(None, 0)], ME, FAST, T0 + 3)
     assert not observe(v, ME, FAST, T0 + 3).may_found
     assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+
+
+@pytest.mark.parametrize("state", [State.P_INITIALIZING, State.R_INITIALIZING])
+def test_data_that_is_not_whole_founds_nothing(state: State) -> None:
+    """I5: found by simulation (seed 29934911074): a cluster was founded by a copy that had broken off, for good."""
+    me = ME if state is State.R_INITIALIZING else identity("n1")
+    broken = fencer(unfinished=True)
+    v, _ = step(initial(me), [broken, StoreSeen("L", ""), seen(None, 0)], me, FAST, T0)
+    assert v.state is state
+    assert "interrupted" in cannot_found(v)
+    v, _ = step(v, [Accepted(create=True)], me, FAST, T0 + 1)
+    v, commands = step(v, [broken, seen(None, 0)], me, FAST, T0 + 2)
+    assert not [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+    v, commands = step(v, [fencer(), seen(None, 0)], me, FAST, T0 + 3)  # whole: it founds
+    assert [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+
+
+def test_who_founds_anew_leaps_over_the_timelines_of_the_lost_history() -> None:
+    """I2: found by simulation (seed 29934910040): another node was on timeline 8 of a history that the store had
+    lost, the founder began 7 anew, and 8 was then taken for more than 7."""
+    v, _ = step(initial(ME), [fencer(timeline=7), StoreSeen("L", ""), seen(None, 0)], ME, FAST, T0)
+    v, _ = step(v, [Accepted(create=True)], ME, FAST, T0 + 1)
+    v, commands = step(v, [fencer(timeline=7), seen(None, 0)], ME, FAST, T0 + 2)
+    written = [c for c in commands if isinstance(c, Write) and c.key == CLUSTER_STATE]
+    assert written
+    record = written[0].record
+    assert isinstance(record, ClusterState)
+    assert record.reserved == 7 + LEAP

@@ -40,7 +40,7 @@ from harmony.core.messages import (
     Write,
 )
 from harmony.core.node import initial, step
-from harmony.core.observe import FENCE_PAUSE_NS, ORDER_LOST_NS, ORDER_PAUSE_NS
+from harmony.core.observe import FENCE_PAUSE_NS, ORDER_LOST_NS, ORDER_PAUSE_NS, cannot_found
 from harmony.core.register import Register
 from harmony.core.timing import NS
 from harmony.core.view import Identity, View, distrust
@@ -312,6 +312,10 @@ class Host:
     def _fencer_again(self, life: int) -> None:
         if self.fencer.life == life:
             self.fencer.start()
+
+    def may_found(self) -> bool:
+        """Whether the agent would take --found."""
+        return self.running and not cannot_found(self.view, permitted=True)
 
     def accept(self, *, create: bool) -> None:
         """harmonyctl store accept, where there is something to accept."""

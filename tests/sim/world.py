@@ -160,7 +160,8 @@ class World:
             self.checks.acked.clear()
         founder = None
         if self.store.cluster is None:
-            able = [h for h in self.hosts.values() if self.checks.lacks(h) is None and h.up and not h.foreign]
+            whole = [h for h in self.hosts.values() if h.up and not h.foreign and h.may_found()]
+            able = [h for h in whole if self.checks.lacks(h) is None]
             able.sort(key=lambda h: (h.name not in self.checks.writing, h.name))
             founder = able[0] if able else None
         for host in self.hosts.values():
