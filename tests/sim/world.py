@@ -162,7 +162,10 @@ class World:
         if self.store.cluster is None:
             whole = [h for h in self.hosts.values() if h.up and not h.foreign and h.may_found()]
             able = [h for h in whole if self.checks.lacks(h) is None]
-            able.sort(key=lambda h: (h.name not in self.checks.writing, h.name))
+            # As docs/store.md says: the newest data of those that are up, by the timeline and then the LSN.
+            able.sort(
+                key=lambda h: (h.name not in self.checks.writing, -h.pg.branch.timeline, -h.pg.end, h.name)
+            )
             founder = able[0] if able else None
         for host in self.hosts.values():
             host.accept(create=host is founder)
