@@ -55,6 +55,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+PAUSE_S = 0.002  # between a client's writes: without one, each of them takes a core from all other tests
+
+
 class Writer:
     """A client that inserts row after row, and notes when (CLOCK_BOOTTIME) each was acknowledged.
 
@@ -76,7 +79,7 @@ class Writer:
             with contextlib.suppress(psycopg.Error), self._node.connect() as c:
                 self._connection = c
                 c.execute("CREATE TABLE IF NOT EXISTS acks (x int)")
-                while not self._over.wait(self._pause_s) if self._pause_s else not self._over.is_set():
+                while not self._over.wait(self._pause_s):
                     c.execute("INSERT INTO acks VALUES (1)")
                     self.acks.append(boot_ns())
 
@@ -88,6 +91,11 @@ class Writer:
         """The longest time without an acknowledged write between two moments."""
         marks = [since_ns, *(a for a in self.acks if since_ns <= a <= until_ns), until_ns]
         return max(b - a for a, b in pairwise(marks)) / 1e9
+
+    def wait_for_more(self) -> None:
+        """Until something is acknowledged that was not yet when this was called: writes have not ended."""
+        now_ns = boot_ns()
+        self._node.wait(lambda: self.last_ns > now_ns, "writes go on")
 
     def stop(self) -> None:
         self._over.set()
@@ -340,7 +348,7 @@ class Node:
         return next(line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith(field))
 
     @contextlib.contextmanager
-    def writing(self, pause_s: float = 0.0) -> Iterator[Writer]:
+    def writing(self, pause_s: float = PAUSE_S) -> Iterator[Writer]:
         """A Writer that has written."""
         writer = Writer(self, pause_s)
         try:

@@ -30,7 +30,7 @@ import pytest
 from harmony_fencer import processes, protocol, server
 from harmony_fencer.protocol import Generation
 from tests import pace
-from tests.fencer.node import FENCE_S, Node, Template, boot_ns
+from tests.fencer.node import FENCE_S, PAUSE_S, Node, Template, boot_ns
 
 pytestmark = pytest.mark.real
 
@@ -213,7 +213,7 @@ def ended(sock: socket.socket) -> bool:
 
 
 class Writer:
-    """A client of PostgreSQL that commits as fast as it can; `last_ns` is its newest acknowledged commit."""
+    """A client of PostgreSQL that commits again and again; `last_ns` is its newest acknowledged commit."""
 
     def __init__(self, node: Node) -> None:
         self.last_ns = 0
@@ -227,6 +227,7 @@ class Writer:
             while True:
                 self._connection.execute("INSERT INTO t VALUES (1)")
                 self.last_ns = boot_ns()
+                time.sleep(PAUSE_S)
         except psycopg.Error:
             self._connection.close()
 

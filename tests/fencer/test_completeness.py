@@ -30,7 +30,7 @@ from harmony_fencer.config import load
 from harmony_fencer.postgres import Postgres
 from harmony_fencer.protocol import Generation
 from tests import pace
-from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
+from tests.fencer.node import FENCE_S, LEASE_S, PAUSE_S, Node, Template, Writer, boot_ns
 
 pytestmark = [pytest.mark.real, pytest.mark.sampled(0.5)]
 
@@ -790,7 +790,7 @@ def test_standby_signal_removed_and_started_writable(node: Node) -> None:
     (node.data / "standby.signal").unlink()
     begun = boot_ns()
     node.hand()
-    writer = Writer(node, 0.0)  # it may never get to write
+    writer = Writer(node, PAUSE_S)  # it may never get to write
     try:
         time.sleep(1.0)
         assert not writer.acks or (writer.last_ns - begun) / 1e9 < 0.5 + FENCE_S + pace.SLACK_S

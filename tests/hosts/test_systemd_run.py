@@ -210,6 +210,7 @@ def test_a_unit_that_runs_is_adopted(debian_template: HarmonyHost, debian: Debia
         host.signal("harmony.agent", signal.SIGSTOP)
         stopped = now_s()
         wait_until(lambda: now_s() > stopped + LEASE_S + FENCE_TIMEOUT_S + 1, "the lease has ended", 20)
+        wait_until(lambda: now_s() - writer.so_far().last_s(only) > 1, "writes have ended", 20)
         assert writer.so_far().last_s(only) <= stopped + LEASE_S + FENCE_TIMEOUT_S + pace.SLACK_S
     print(f"adopted: nothing written for {writer.so_far().longest_gap_s(began):.2f} s at most")
 
