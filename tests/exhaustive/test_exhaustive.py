@@ -101,6 +101,7 @@ def run(b: Bounds, setting: Setting | None = None) -> Result:
     return result
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ALL)
 def test_no_violation(name: str) -> None:
     """I1, I3, I4, I6, in every state within the bounds; and these are neither empty nor without events."""
@@ -136,6 +137,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_found(name: str) -> None:
     """The check can fail: each assumption that is broken on purpose is found out, by a path that can be read."""

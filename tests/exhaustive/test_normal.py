@@ -139,6 +139,7 @@ def _differences(a: View, b: View) -> dict[str, tuple[object, object]]:
     return {f: (getattr(a, f), getattr(b, f)) for f in fields if getattr(a, f) != getattr(b, f)}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("seconds", "by"), [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 2), (5, 1), (9, 0)])
 def test_a_step_from_the_normal_form_is_the_same_step(
     samples: list[tuple[str, View, Host, Store]], seconds: int, by: int

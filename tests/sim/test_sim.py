@@ -78,6 +78,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_assumption_is_found(name: str) -> None:
     """The checker can fail: each assumption that is broken on purpose is found out."""
