@@ -20,7 +20,7 @@ from harmony.cli.fence import _wait_s
 from harmony.core.messages import Marks
 from harmony.decoding import Unreadable
 from harmony.errors import StoreUnavailable
-from harmony.store import nats
+from harmony.store import answers
 from harmony_fencer import adopt, config, protocol, state
 from harmony_fencer import lease as leases
 from harmony_fencer.durable import seal
@@ -125,10 +125,10 @@ def test_a_fence_does_not_ask_for_a_readable_file(tmp_path: Path) -> None:
 
 def test_an_answer_of_the_store_is_whole_or_it_is_unavailable() -> None:
     entry = b'{"data":"e30=","seq":7,"time":"2026-01-02T03:04:05.6Z","subject":"x"}'
-    assert nats._entry("k", nats._checked(entry)) is not None
+    assert answers.entry_of("k", answers.checked(entry)) is not None
     for raw in [*bad(entry), b'{"error":{"err_code":"x"}}', b'{"error":{"code":null}}']:
-        with contextlib.suppress(StoreUnavailable, nats._ApiError):
-            nats._entry("k", nats._checked(raw))
+        with contextlib.suppress(StoreUnavailable, answers.ApiError):
+            answers.entry_of("k", answers.checked(raw))
     for without in (
         b'{"seq":7}',
         entry.replace(b":7", b':"x"'),
@@ -136,7 +136,7 @@ def test_an_answer_of_the_store_is_whole_or_it_is_unavailable() -> None:
         entry.replace(b"T0", b""),
     ):
         with pytest.raises(StoreUnavailable):
-            nats._entry("k", nats._checked(without))
+            answers.entry_of("k", answers.checked(without))
 
 
 def test_bytes_are_decoded_in_one_place() -> None:

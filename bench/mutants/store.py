@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from bench.mutants.rule import Rule
 
-NATS = "harmony/store/nats.py"
-CONTRACT, ANSWERS, MONITOR = (f"tests/store/test_{name}.py" for name in ("contract", "answers", "monitor"))
+NATS, LINK, READ = (f"harmony/store/{name}.py" for name in ("nats", "link", "answers"))
+CONTRACT, ANSWERS, ELSEWHERE, MONITOR = (
+    f"tests/store/test_{name}.py" for name in ("contract", "answers", "elsewhere", "monitor")
+)
 
 RULES: list[Rule] = [
     ("compare-and-set: nats", "harmony/store/nats.py",
      'headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}', "headers = None",
      "tests/store/test_contract.py"),
-    ("store: refused is told from unknown", NATS, "_MISMATCH = {10071, 10164}", "_MISMATCH = {10071}", ANSWERS),
-    ("store: only a sequence's mismatch is a refusal", NATS, "                if e.code in _MISMATCH:\n", "                if True:\n", ANSWERS),
+    ("store: refused is told from unknown", READ, "MISMATCH = {10071, 10164}", "MISMATCH = {10071}", ANSWERS),
+    ("store: only a sequence's mismatch is a refusal", NATS, "                if e.code in MISMATCH:\n", "                if True:\n", ANSWERS),
     ("store: an acknowledgement has a sequence", NATS, "            if not isinstance(sequence, int):\n", "            if False:\n", ANSWERS),
-    ("store: an error is no missing key", NATS, "if e.code == _MESSAGE_MISSING:", "if True:", ANSWERS),
-    ("store: a deleted key is none", NATS, 'if b"KV-Operation:" in headers:', "if False:", ANSWERS),
-    ("store: the credentials", NATS, "user_credentials=self._credentials,", "", ANSWERS),
+    ("store: an error is no missing key", NATS, "if e.code == MESSAGE_MISSING:", "if True:", ANSWERS),
+    ("store: a deleted key is none", READ, 'if b"KV-Operation:" in headers:', "if False:", ANSWERS),
+    ("store: the credentials", LINK, "user_credentials=credentials_file,", "", ANSWERS),
     ("store: the credentials reach the client", "harmony/store/__init__.py", "urls, cluster_id, replicas, credentials_file, monitor_urls,", "urls, cluster_id, replicas, None, monitor_urls,", ANSWERS),
-    ("store: an old server", NATS, "        weak += buckets.too_old(_version(client))\n", "", ANSWERS),
+    ("store: an old server", NATS, "        weak += buckets.too_old(version(client))\n", "", ANSWERS),
     ("store: made with the configured copies", NATS, "buckets.wanted(self._bucket, self._replicas)", "buckets.wanted(self._bucket, 1)", ANSWERS),
     ("store: fewer copies than configured", NATS, "buckets.problems(config, self._replicas)", "buckets.problems(config, 1)", ANSWERS),
     ("store: who has seen a bucket does not make it", NATS, "                if not self._may_create:\n", "                if False:\n", CONTRACT),
@@ -27,12 +29,18 @@ RULES: list[Rule] = [
     ("store: the monitoring ports reach it", NATS, "Monitors(monitor_urls, CHECK_FACTS_S)", "Monitors((), CHECK_FACTS_S)", CONTRACT),
     ("store: a call's deadline", NATS, "        with trio.move_on_after(timeout_s) as scope:\n", "        with trio.move_on_after(60) as scope:\n", f"{CONTRACT} -k frozen"),
     ("store: each key of its own cluster", NATS, 'self._bucket = f"harmony_{cluster_id}"', 'self._bucket = "harmony_all"', CONTRACT),
-    ("store: the store's own time", NATS, 'return int(seconds) * 1_000_000_000 + int((found.group(2) or "").ljust(9, "0"))', "return int(seconds) * 1_000_000_000", f"{CONTRACT} {ANSWERS}"),
+    ("store: the store's own time", READ, 'return int(seconds) * 1_000_000_000 + int((found.group(2) or "").ljust(9, "0"))', "return int(seconds) * 1_000_000_000", f"{CONTRACT} {ANSWERS}"),
     ("store: the watch goes on after a consumer is lost", NATS, "f\"CONSUMER.INFO.{self._stream}.{info['name']}\"", 'f"STREAM.INFO.{self._stream}"', f"{CONTRACT} -k watch"),
     ("store: newer revisions only", NATS, "if revision > seen.get(entry.key, 0):", "if False:", CONTRACT),
     ("store: what cannot be written is fatal", NATS, "        if wrong:\n", "        if False:\n", CONTRACT),
     ("store: the lineage is of the stream's birth", NATS, 'f"{self._stream} of {info.get(\'created\')}"', "self._stream", CONTRACT),
-    ("store: looked at again where a call found none", NATS, "                self._look_again.set()\n                raise StoreUnavailable(f\"no stream", "                raise StoreUnavailable(f\"no stream", CONTRACT),
+    ("store: a server without JetStream is left", NATS, "            if len(self._urls) > 1:\n", "            if False:\n", ELSEWHERE),
+    ("store: for the same history only", NATS, "right = self._looked is not None and self._lineage(info) == self._looked.lineage", "right = True", ELSEWHERE),
+    ("store: who says so is not waited for", NATS, "                if e.code in NOT_HERE:\n", "                if False:\n", ELSEWHERE),
+    ("store: not at every slow answer", NATS, "        await trio.sleep(self._rest_s)\n        others", "        others", ELSEWHERE),
+    ("store: calls under way keep their connection", LINK, "while set(self.patience) - {None} and not self.closed.is_set():", "while False:", ELSEWHERE),
+    ("store: each server's cause is logged once", NATS, "if self._told.get(url) != self._why:", "if True:", ELSEWHERE),
+    ("store: looked at again where a call found none", NATS, "                self._look_again.set()\n                raise StoreUnavailable(f\"no stream", "                raise StoreUnavailable(f\"no stream", ANSWERS),
     ("bucket: on disk", "harmony/store/bucket.py", '        "storage": "file",\n        "retention": "limits",\n        "discard"', '        "storage": "memory",\n        "retention": "limits",\n        "discard"', "tests/store/test_bucket.py"),
     ("bucket: nothing is deleted", "harmony/store/bucket.py", '"deny_delete": True', '"deny_delete": False', "tests/store/test_bucket.py"),
     ("bucket: nothing is purged", "harmony/store/bucket.py", '"deny_purge": True', '"deny_purge": False', "tests/store/test_bucket.py"),

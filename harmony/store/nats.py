@@ -3,17 +3,18 @@
 nats-py's own reconnection is off: it would send after a reconnect what was given up before. Here a lost
 connection is thrown away with all its buffers, and a new one is made, for ever (nothing that was given up
 can win later). Every call is one request with one deadline; nothing is cached, nothing is retried.
+
+A server may be up and cut off from the others: then JetStream does not answer through it. Whenever a call waits
+for longer than an answer takes, the other servers are asked beside it, and the first through which the same stream
+answers is gone over to. Calls under way keep their connection until they end.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import random
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime
 
 import nats
 import nats.errors
@@ -25,35 +26,30 @@ from nats.aio.msg import Msg
 
 from harmony.errors import SequenceMismatch, StoreMisconfigured, StoreUnavailable
 from harmony.store import bucket as buckets
+from harmony.store.answers import (
+    MESSAGE_MISSING,
+    MISMATCH,
+    NOT_HERE,
+    STREAM_MISSING,
+    ApiError,
+    NoRespondersError,
+    checked,
+    entry_of,
+    version,
+)
 from harmony.store.bucket import type_json
 from harmony.store.interface import Entry, StoreFacts, WatchCallback
+from harmony.store.link import CONNECT_TIMEOUT_S, FAILURES, Link, open_link
 from harmony.store.monitor import Monitors
 
-CONNECT_TIMEOUT_S = 2.0
 SETUP_TIMEOUT_S = 5.0
 CHECK_CONSUMER_S = 1.0
 CHECK_FACTS_S = 10.0
 MAX_REASON = 300
-_MISMATCH = {10071, 10164}
-_STREAM_MISSING = 10059
-_MESSAGE_MISSING = 10037
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z\Z")
+PATIENCE = 0.5  # the part of a call's time after which the other servers are asked
+ELSEWHERE_S = 1.0  # the longest that each of them may take
+REST_S, MOST_REST_S = 1.0, 30.0  # between two rounds of asking them
 log = structlog.get_logger("store")
-
-
-class _ApiError(Exception):
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"JetStream error {code}: {text}")
-        self.code = code
-
-
-def time_ns(text: str) -> int:
-    """RFC 3339 in UTC, as the store writes it, to ns since the epoch. Raises ValueError."""
-    found = _TIME.match(text)
-    if found is None:
-        raise ValueError(f"not a store's time: {text!r}")
-    seconds = datetime.fromisoformat(found.group(1)).replace(tzinfo=UTC).timestamp()
-    return int(seconds) * 1_000_000_000 + int((found.group(2) or "").ljust(9, "0"))
 
 
 class NatsStore:
@@ -74,7 +70,7 @@ class NatsStore:
         self._stream = f"KV_{self._bucket}"
         self._replicas = replicas
         self._credentials = credentials_file
-        self._client: Client | None = None
+        self._link: Link | None = None
         self._epoch = 0
         self._misconfigured: str | None = None
         self._may_create = may_create
@@ -82,9 +78,11 @@ class NatsStore:
         self._look_again = trio.Event()
         self.monitors = Monitors(monitor_urls, CHECK_FACTS_S)
         self._why = "not connected yet"
+        self.patience, self.look_every_s = PATIENCE, CHECK_FACTS_S
+        self._rest_s = 0.0  # before the servers are asked again
+        self._told: dict[str, str] = {}  # by URL, since the last connection: each cause is logged once
         self._watchers: dict[int, tuple[WatchCallback, dict[str, int]]] = {}
         self._serial = 0
-        self._closed = trio.Event()
         self._rewatch = trio.Event()
 
     @property
@@ -95,7 +93,7 @@ class NatsStore:
     @property
     def connected(self) -> bool:
         """Whether a connection is up and its bucket was found right."""
-        return self._client is not None
+        return self._link is not None
 
     @property
     def facts(self) -> StoreFacts | None:
@@ -114,94 +112,141 @@ class NatsStore:
 
     async def run(self) -> None:
         """Connect, and connect again, for ever."""
-        pause, turn = 0.05, 0
-        while True:
-            url = self._urls[turn % len(self._urls)]
-            turn += 1
-            self._closed = trio.Event()
-            try:
-                with trio.fail_after(CONNECT_TIMEOUT_S + 1):
-                    client = await trio_asyncio.aio_as_trio(self._connect)(url)
-            except (OSError, nats.errors.Error, trio.TooSlowError, TimeoutError) as e:
-                self._tell(f"{url}: {type(e).__name__} {e}".strip())
-                await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
-                pause = min(1.0, pause * 2)
-                continue
-            try:
-                if await self._setup(client, url):
-                    pause = 0.05
-                    self._client = client
-                    self._epoch += 1
-                    self._why = ""
-                    log.info("store connected", url=url, bucket=self._bucket)
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._watching, client)
-                        nursery.start_soon(self._looking, client)
-                        await self._closed.wait()
-                        nursery.cancel_scope.cancel()
-                    self._tell(f"{url}: connection lost")
-                else:
-                    await trio.sleep(1.0)
-            finally:
-                self._client = None
-                with trio.CancelScope(shield=True), trio.move_on_after(0.5):
-                    with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
-                        await trio_asyncio.aio_as_trio(client.close)()
+        pause, turn, link = 0.05, 0, None
+        async with trio.open_nursery() as closing:
+            while True:
+                found, link = link, None
+                if found is None:
+                    url = self._urls[turn % len(self._urls)]
+                    turn += 1
+                    try:
+                        found = await open_link(url, self._credentials, CONNECT_TIMEOUT_S + 1)
+                    except FAILURES as e:
+                        self._tell(f"{type(e).__name__} {e}".strip(), url)
+                        await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+                        pause = min(1.0, pause * 2)
+                        continue
+                turn = self._urls.index(found.url) + 1
+                try:
+                    if self._link is found or await self._setup(found):
+                        pause = 0.05
+                        link = await self._use(found)
+                    elif turn % len(self._urls) == 0:  # none of them is of use
+                        await trio.sleep(1.0)
+                finally:
+                    self._link = link
+                    closing.start_soon(found.close)
 
-    def _tell(self, why: str) -> None:
-        if why != self._why:
-            self._why = why[:MAX_REASON]
+    async def _use(self, link: Link) -> Link | None:
+        """Until it is lost, or until another server is gone over to: the connection to that one."""
+        self._link = link
+        self._epoch += 1
+        self._why = ""
+        self._told.clear()
+        log.info("store connected", url=link.url, bucket=self._bucket)
+        better: Link | None = None
+
+        async def move() -> None:
+            nonlocal better
+            better = await self._elsewhere(link)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watching, link.client)
+            nursery.start_soon(self._looking, link)
+            if len(self._urls) > 1:
+                nursery.start_soon(move)
+            await link.closed.wait()
+            nursery.cancel_scope.cancel()
+        if better is None:
+            self._tell("connection lost", link.url)
+        else:
+            log.warning("JetStream does not answer through this server", url=link.url, going_to=better.url)
+        return better
+
+    async def _elsewhere(self, link: Link) -> Link:
+        """Whenever a call waits for too long here: a server through which the same stream answers meanwhile.
+
+        Who went over a moment ago rests first, and longer each time: a slow store is slow through all of its servers.
+        """
+        began = trio.current_time()
+        await trio.sleep(self._rest_s)
+        others = [url for url in self._urls if url != link.url]
+        while True:
+            await link.until_impatient()
+            better = await self._first_to_answer(others)
+            if better is not None:
+                lasted = trio.current_time() - began
+                self._rest_s = (
+                    REST_S if lasted > MOST_REST_S else min(MOST_REST_S, max(REST_S, 2 * self._rest_s))
+                )
+                return better
+            await trio.sleep(REST_S)
+            link.forget_refusal()
+
+    async def _first_to_answer(self, urls: Sequence[str]) -> Link | None:
+        """All at once: one that is down must not be waited for."""
+        first: Link | None = None
+
+        async def ask(url: str) -> None:
+            nonlocal first
+            found = await self._answering(url)
+            if found is not None and first is None:
+                first = found
+                nursery.cancel_scope.cancel()
+            elif found is not None:
+                await found.close()
+
+        async with trio.open_nursery() as nursery:
+            for url in urls:
+                nursery.start_soon(ask, url)
+        return first
+
+    async def _answering(self, url: str) -> Link | None:
+        """A connection to this server, where the stream that we know answers through it."""
+        found: Link | None = None
+        right = False
+        try:
+            found = await open_link(url, self._credentials, ELSEWHERE_S)
+            with trio.fail_after(ELSEWHERE_S):
+                info = await self._api(found.client, f"STREAM.INFO.{self._stream}", {})
+            right = self._looked is not None and self._lineage(info) == self._looked.lineage
+        except (*FAILURES, ApiError, StoreUnavailable) as e:
+            log.debug("no answer from JetStream there either", url=url, why=str(e))
+        finally:
+            if found is not None and not right:
+                await found.close()
+        return found if right else None
+
+    def _tell(self, why: str, url: str = "") -> None:
+        self._why = (f"{url}: {why}" if url else why)[:MAX_REASON]
+        if self._told.get(url) != self._why:
+            self._told[url] = self._why
             log.warning("store not connected", why=self._why)
 
-    async def _connect(self, url: str) -> Client:
-        """One server, now or not. Left to itself nats-py asks a server that refuses for two minutes, and on Python 3.11
-        (bpo-37658) a cancellation may be lost on it: then nobody would look for the other servers meanwhile."""
-        newest: Exception | None = None
-
-        async def closed() -> None:
-            self._closed.set()
-
-        async def error(e: Exception) -> None:
-            nonlocal newest
-            newest = e
-            log.debug("nats", error=str(e))
-
-        try:
-            return await nats.connect(
-                url,
-                allow_reconnect=False,
-                max_reconnect_attempts=1,  # of the first connection, too; 0 would be for ever
-                reconnect_time_wait=0,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                ping_interval=1,
-                max_outstanding_pings=2,
-                pending_size=0,
-                closed_cb=closed,
-                disconnected_cb=closed,
-                error_cb=error,
-                user_credentials=self._credentials,
-            )
-        except nats.errors.NoServersError as e:
-            raise newest or e from None
-
-    async def _setup(self, client: Client, url: str) -> bool:
+    async def _setup(self, link: Link) -> bool:
         """Look at the bucket for the first time on this connection. False: try again later."""
         try:
-            return await self._look(client)
-        except (_ApiError, StoreUnavailable, trio.TooSlowError) as e:
-            self._tell(f"{url}: {e or 'no answer from JetStream'}")
+            return await self._look(link)
+        except (ApiError, StoreUnavailable, trio.TooSlowError) as e:
+            self._tell(f"{e or 'no answer from JetStream'}", link.url)
             return False
 
-    async def _look(self, client: Client) -> bool:
+    def _lineage(self, info: type_json) -> str:
+        return f"{self._stream} of {info.get('created')}"
+
+    async def _look(self, link: Link) -> bool:
         """Hold the stream against what it must be; make it where that is allowed (once). False: of no use.
 
-        Raises _ApiError, StoreUnavailable, TooSlowError: nothing is known that was not known before.
+        Raises ApiError, StoreUnavailable, TooSlowError: nothing is known that was not known before.
         """
+        client = link.client
         with trio.fail_after(SETUP_TIMEOUT_S):
             try:
-                info = await self._api(client, f"STREAM.INFO.{self._stream}", {})
-            except _ApiError as e:
-                if e.code != _STREAM_MISSING:
+                with trio.fail_after(ELSEWHERE_S if len(self._urls) > 1 else SETUP_TIMEOUT_S):
+                    info = await self._api(client, f"STREAM.INFO.{self._stream}", {})
+            except ApiError as e:
+                if e.code != STREAM_MISSING:
                     raise
                 if not self._may_create:
                     self._looked = StoreFacts("", buckets.gone(self._bucket))
@@ -223,21 +268,21 @@ class NatsStore:
             return False
         weak = buckets.problems(config, self._replicas)
         weak = [f"the stream {self._stream} is weaker than it must be: {'; '.join(weak)}"] if weak else []
-        weak += buckets.too_old(_version(client))
-        self._looked = StoreFacts(f"{self._stream} of {info.get('created')}", "; ".join(weak))
+        weak += buckets.too_old(version(client))
+        self._looked = StoreFacts(self._lineage(info), "; ".join(weak))
         return True
 
-    async def _looking(self, client: Client) -> None:
+    async def _looking(self, link: Link) -> None:
         """Again and again on this connection, and at once where a call found no stream."""
         while True:
-            with trio.move_on_after(CHECK_FACTS_S):
+            with trio.move_on_after(self.look_every_s):
                 await self._look_again.wait()
             self._look_again = trio.Event()
             try:
-                if not await self._look(client):
-                    self._closed.set()
+                if not await self._look(link):
+                    link.closed.set()
                     return
-            except (_ApiError, StoreUnavailable, trio.TooSlowError) as e:
+            except (ApiError, StoreUnavailable, trio.TooSlowError) as e:
                 log.debug("the stream's state is not known", why=str(e))
             await trio.sleep(0.2)
 
@@ -253,31 +298,40 @@ class NatsStore:
         except (OSError, nats.errors.Error, TimeoutError) as e:
             if isinstance(e, nats.errors.NoRespondersError):
                 self._look_again.set()
+                raise NoRespondersError(f"{type(e).__name__} {e}".strip()) from e
             raise StoreUnavailable(f"{type(e).__name__} {e}".strip()) from e
         return bytes(answer.data)
 
     async def _api(self, client: Client, what: str, body: type_json) -> type_json:
         raw = await self._request(client, f"$JS.API.{what}", json.dumps(body).encode() if body else b"")
-        return _checked(raw)
+        return checked(raw)
 
     @contextlib.asynccontextmanager
     async def _call(self, timeout_s: float) -> AsyncIterator[Client]:
         """A connected client, within a deadline; every failure of the world as a StoreError."""
         if self._misconfigured is not None:
             raise StoreMisconfigured(self._misconfigured)
-        if self._client is None:
+        if self._link is None:
             raise StoreUnavailable(self._why or "not connected")
-        client = self._client
+        link = self._link
+        call = link.begin(timeout_s * self.patience)
         with trio.move_on_after(timeout_s) as scope:
             try:
-                yield client
-            except _ApiError as e:
-                if e.code in _MISMATCH:
+                yield link.client
+            except ApiError as e:
+                if e.code in MISMATCH:
                     raise SequenceMismatch(str(e)) from e
-                if e.code != _STREAM_MISSING:
+                if e.code in NOT_HERE:
+                    link.refused()
+                if e.code != STREAM_MISSING:
                     raise StoreUnavailable(str(e)) from e
                 self._look_again.set()
                 raise StoreUnavailable(f"no stream: {e}") from e
+            except NoRespondersError:
+                link.refused()
+                raise
+            finally:
+                link.end(call)
         if scope.cancelled_caught:
             raise StoreUnavailable(f"no answer within {timeout_s:g} s")
 
@@ -287,11 +341,11 @@ class NatsStore:
             try:
                 subject = f"$KV.{self._bucket}.{key}"
                 found = await self._api(client, f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": subject})
-            except _ApiError as e:
-                if e.code == _MESSAGE_MISSING:
+            except ApiError as e:
+                if e.code == MESSAGE_MISSING:
                     return None
                 raise
-            return _entry(key, found.get("message"))
+            return entry_of(key, found.get("message"))
         raise AssertionError("unreachable")
 
     async def keys(self, prefix: str, *, timeout_s: float) -> list[str]:
@@ -315,7 +369,7 @@ class NatsStore:
         async with self._call(timeout_s) as client:
             headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
             raw = await self._request(client, f"$KV.{self._bucket}.{key}", value, headers)
-            sequence = _checked(raw).get("seq")
+            sequence = checked(raw).get("seq")
             if not isinstance(sequence, int):
                 raise StoreUnavailable(f"an acknowledgement without a sequence: {raw[:200]!r}")
             return sequence
@@ -344,7 +398,7 @@ class NatsStore:
                 continue
             try:
                 await self._one_consumer(client)
-            except (StoreUnavailable, _ApiError, trio.TooSlowError, OSError, nats.errors.Error) as e:
+            except (StoreUnavailable, ApiError, trio.TooSlowError, OSError, nats.errors.Error) as e:
                 log.debug("watch ended; subscribing again", why=str(e))
                 await trio.sleep(0.2)
 
@@ -385,7 +439,7 @@ class NatsStore:
                     with trio.fail_after(SETUP_TIMEOUT_S):
                         await self._api(client, f"CONSUMER.INFO.{self._stream}.{info['name']}", {})
                 nursery.cancel_scope.cancel()
-        except* (_ApiError, StoreUnavailable, trio.TooSlowError) as group:
+        except* (ApiError, StoreUnavailable, trio.TooSlowError) as group:
             gone = str(group.exceptions[0])  # raising in here would make a group of it
         finally:
             send.close()
@@ -409,44 +463,6 @@ class NatsStore:
                 if revision > seen.get(entry.key, 0):
                     seen[entry.key] = revision
                     callback(entry)
-
-
-def _version(client: Client) -> tuple[int, int] | None:
-    """Of the server at the other end."""
-    told = client.connected_server_version
-    try:
-        return int(told.major), int(told.minor)
-    except ValueError:
-        return None
-
-
-def _checked(raw: bytes) -> type_json:
-    try:
-        answer = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}") from e
-    if not isinstance(answer, dict):
-        raise StoreUnavailable(f"not an answer of JetStream: {raw[:100]!r}")
-    error = answer.get("error")
-    if isinstance(error, dict):
-        code = error.get("err_code", error.get("code"))
-        raise _ApiError(code if isinstance(code, int) else 0, str(error.get("description", "")))
-    return answer
-
-
-def _entry(key: str, message: object) -> Entry | None:
-    if not isinstance(message, dict):
-        raise StoreUnavailable("JetStream answered without a message")
-    try:
-        headers = base64.b64decode(str(message.get("hdrs", "")))
-        if b"KV-Operation:" in headers:
-            return None
-        value = base64.b64decode(str(message.get("data", "")))
-        return Entry(key, value, int(str(message["seq"])), time_ns(str(message["time"])))
-    except (KeyError, ValueError, OverflowError) as e:
-        raise StoreUnavailable(
-            f"JetStream answered with no message of a bucket: {str(message)[:200]!r}"
-        ) from e
 
 
 @contextlib.asynccontextmanager

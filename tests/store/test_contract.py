@@ -191,7 +191,7 @@ async def test_the_watch_survives_a_restart_and_a_deleted_consumer(server: Serve
         await until(lambda: store.connected)
         revision = await store.update("k", b"2", revision, timeout_s=2)
         await until(lambda: seen == [b"1", b"2"])
-        client = store._client  # type: ignore[attr-defined]
+        client = store._link.client  # type: ignore[attr-defined]
         stream = f"KV_harmony_{name}"
         answer = await trio_asyncio.aio_as_trio(client.request)(
             f"$JS.API.CONSUMER.NAMES.{stream}", b"", timeout=2
