@@ -248,12 +248,12 @@ TEXT: dict[str, tuple[str, str]] = {
     ),
     "agent.user": ("OS user of the agent", "default: the supervisor's; name an unprivileged one"),
     "supervisor.ping_interval_s": (
-        "between pings of the children",
-        "lower: a hung child is noticed sooner, more wake-ups",
+        "between pings of the agent; default: a quarter of ping_timeout_s, at most 0.5",
+        "lower: a hung agent is noticed sooner, more wake-ups; at most half of ping_timeout_s",
     ),
     "supervisor.ping_timeout_s": (
-        "without an answer a child is killed and restarted",
-        "lower: more needless restarts; higher: a hung agent stays longer",
+        "without an answer the agent is killed and restarted; default: 0.35 of the lease, at most 3",
+        "lower: more needless restarts; higher (at most 0.35 of the lease): a hung agent stays longer",
     ),
     "log.format": ("auto, json or console", "auto: console on a terminal"),
     "log.level": ("debug, info or warning", "warning hides the reasons of decisions; debug is loud"),

@@ -22,7 +22,7 @@ import trio
 import trio.testing
 
 from harmony_supervisor import child as children
-from harmony_supervisor.child import Child, Spec
+from harmony_supervisor.child import Child, Spec, heard_at
 from harmony_supervisor.main import _folders, _lock, _resolved, _write
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
@@ -446,6 +446,19 @@ async def test_a_one_shot_that_hangs_is_killed(folder: Path) -> None:
     supervisor = Supervisor(Settings("n1", -4.0, 2), SPEC, SPEC, [sys.executable, "-c", script], Told())
     with trio.fail_after(60):
         assert await supervisor._fence_once() is False
+
+
+@pytest.mark.parametrize(
+    ("overslept_s", "silent_s"),
+    [
+        (0.0, 0.3),
+        (0.2, 0.1),  # a busy host: it was silent for 0.1 s while we ran
+        (9.0, 0.0),  # a paused one
+    ],
+)
+def test_a_pause_of_our_own_is_no_silence_of_the_childs(overslept_s: float, silent_s: float) -> None:
+    """However short: a scheduling gap of less than its timeout had a healthy fencer killed in the middle of a fence."""
+    assert 100.3 - heard_at(100.0, 100.3, overslept_s) == pytest.approx(silent_s)
 
 
 # ---------------------------------------------------------------- what running.py makes of the configuration
