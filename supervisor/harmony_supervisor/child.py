@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 import trio
@@ -121,6 +122,8 @@ class Child:
         if not steady and os.geteuid() == 0:
             with contextlib.suppress(OSError):  # favoured where that is allowed; it may be dead already
                 os.setpriority(os.PRIO_PROCESS, process.pid, AGENT_NICE)
+                # Where its session is a group of its own to the scheduler (outside of systemd's units), that counts.
+                Path(f"/proc/{process.pid}/autogroup").write_text(str(AGENT_NICE))
         return process, ours
 
     async def run(self) -> int:

@@ -381,6 +381,32 @@ async def test_only_the_fencer_inherits_real_time_scheduling(folder: Path, stead
     assert found["scheduler"] == (os.SCHED_RR if steady else os.SCHED_OTHER)
 
 
+def autogroup_nice(pid: int) -> int | None:
+    """Of a process's session; None: this kernel has no such groups."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2])
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, to be favoured")
+@pytest.mark.parametrize("steady", [True, False])
+async def test_the_agent_is_favoured_and_its_session_too(folder: Path, steady: bool) -> None:
+    """On a busy machine it took four times as long to start, and the lease was over."""
+    child = Child(spec_of(folder, "runs", steady=steady), lambda: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(child.run)
+        await until(lambda: child.ready)
+        assert child.pid is not None
+        nice = os.getpriority(os.PRIO_PROCESS, child.pid)
+        of_group = autogroup_nice(child.pid)
+        await child.stop(5)
+        nursery.cancel_scope.cancel()
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert (nice, of_group or nice) == ((mine, of_group) if steady else (-10, -10))
+
+
 @pytest.mark.real
 async def test_one_that_does_not_stop_is_killed(folder: Path) -> None:
     child = Child(spec_of(folder, "deaf"), lambda: None)
