@@ -321,8 +321,9 @@ def test_an_agent_killed_or_frozen_and_replaced_in_time(rig: Rig, number: signal
         begun_ns, agent = boot_ns(), rig.agent
         os.kill(agent, number)
         time.sleep(LEASE_S + 0.5)
-        uninterrupted(writer, begun_ns)
         rig.node.wait(lambda: agent not in rig.pids("agent.py"), "it is replaced")
+        uninterrupted(writer, begun_ns)
+        assert rig.node.status().self_fence is None or not pace.STRICT
 
 
 # ---------------------------------------------------------------- a fencer that dies or hangs
