@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from harmony import config_times
 from harmony.config_file import read
 from harmony.config_places import inside_data
 from harmony.config_words import (
@@ -185,8 +186,8 @@ class Agent(_Section, frozen=True):
 
 
 class Supervisor(_Section, frozen=True):
-    ping_interval_s: Seconds = 0.5
-    ping_timeout_s: Seconds = 3.0
+    ping_interval_s: Seconds | None = None
+    ping_timeout_s: Seconds | None = None
 
 
 class Log(_Section, frozen=True):
@@ -306,6 +307,9 @@ def load(path: str | Path, env: Mapping[str, str] | None = None, warnings: list[
     values = {name: _section(kind, raw.get(name, {}), problems, name) for name, kind in SECTIONS.items()}
     members = _members(raw.get("members", {}), problems)
     timing = _timing(values["timing"], raw.get("timing"), values["watchdog"], problems)
+    if timing is not None:
+        problems += config_times.problems(timing, values)
+        ignored += config_times.warnings(timing, values["watchdog"].get("mode", "off") != "off")
     _together(values, members, problems)
     problems += inside_data(values, os.path.normpath, str(Path(path).absolute()))
     if not problems and timing is not None:
@@ -345,7 +349,6 @@ def _timing(
     violation = timing.violation()
     if violation is not None:
         problems.append(f"timing.failover_timeout_s (preset {section.preset}): {violation}")
-        return None
     return timing
 
 

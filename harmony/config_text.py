@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 import tomli_w
 
+from harmony import config_times as times
 from harmony.config import SECTIONS
 from harmony.config_words import allowed
 from harmony.core.timing import PRESETS
@@ -248,12 +249,12 @@ TEXT: dict[str, tuple[str, str]] = {
     ),
     "agent.user": ("OS user of the agent", "default: the supervisor's; name an unprivileged one"),
     "supervisor.ping_interval_s": (
-        "between pings of the children",
-        "lower: a hung child is noticed sooner, more wake-ups",
+        "between pings of the agent; default: a quarter of ping_timeout_s, at most 0.5",
+        "lower: a hung agent is noticed sooner, more wake-ups; at most half of ping_timeout_s",
     ),
     "supervisor.ping_timeout_s": (
-        "without an answer a child is killed and restarted",
-        "lower: more needless restarts; higher: a hung agent stays longer",
+        "without an answer the agent is killed and restarted; default: 0.35 of the lease, at most 3",
+        "lower: more needless restarts; higher (at most 0.35 of the lease): a hung agent stays longer",
     ),
     "log.format": ("auto, json or console", "auto: console on a terminal"),
     "log.level": ("debug, info or warning", "warning hides the reasons of decisions; debug is loud"),
@@ -321,6 +322,41 @@ def example() -> str:
     return "\n".join(lines)
 
 
+_FITTING = (
+    (
+        "`timing.failover_timeout_s`",
+        "more than lease + `timing.fence_timeout_s` (or `watchdog.timeout_s`, where longer) + `timing.safety_margin_s`",
+        "a replica could promote before the old primary has certainly stopped",
+    ),
+    ("lease", f"at least {times.LEAST_LEASE_S:g} s", "an agent that hangs could not be replaced within it"),
+    (
+        "`timing.fence_timeout_s`",
+        f"at least {times.LEAST_FENCE_S:g} s",
+        "a fencer that hangs could not be replaced, and its successor have fenced, within it",
+    ),
+    (
+        "`supervisor.ping_timeout_s`",
+        f"{times.LEAST_HUNG_S:g} s to {times.AGENT_HUNG_SHARE:g} of the lease",
+        "an agent that hangs once costs its primary; or a healthy one is killed again and again",
+    ),
+    (
+        "`supervisor.ping_interval_s`",
+        "at most half of `supervisor.ping_timeout_s`",
+        "an agent looks hung that was not asked",
+    ),
+    (
+        "`sickness.patience_s`",
+        "at least 2 × `timing.heartbeat_timeout_s` + `timing.heartbeat_interval_s` / 2",
+        "a busy PostgreSQL counts as sick after two looks",
+    ),
+    (
+        "`rejoin.after_s`",
+        f"at least {times.RECONNECT_S:g} s",
+        "a standby that only connects anew is rewound or copied, which destroys what only it has",
+    ),
+)
+
+
 def _default(value: object) -> str:
     if value is None or value == {}:
         return "none"
@@ -362,4 +398,16 @@ def markdown() -> str:
     for key in (k for k in msgspec.structs.asdict(PRESETS["fast"]) if k != "watchdog_timeout_s"):
         lines.append(f"| `{key}` | " + " | ".join(f"{getattr(PRESETS[n], key):g}" for n in names) + " |")
     lines.append("| lease (derived), s | " + " | ".join(f"{PRESETS[n].lease_s:g}" for n in names) + " |")
+    lines += [
+        "",
+        "## Times that must fit into others",
+        "",
+        "`harmonyctl config check` refuses what does not fit, by its name and with what to do. It warns of a start or",
+        "stop that takes longer than harmony.service allows, and of a watchdog that is faster than a hung fencer is",
+        "replaced.",
+        "",
+        "| time | must be | or else |",
+        "| --- | --- | --- |",
+        *(f"| {time} | {must} | {why} |" for time, must, why in _FITTING),
+    ]
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from harmony import listening
+from harmony import config_times, listening
 from harmony.config import Config
 from harmony.config_places import inside_data
 from harmony.errors import ConfigError
@@ -184,14 +184,18 @@ def resolve(c: Config) -> dict[str, dict[str, object]]:
         )
     if problems:
         raise ConfigError(problems)
+    s = c.supervisor
+    ping_interval_s, ping_timeout_s = config_times.pings(
+        c.timing.lease_s, s.ping_timeout_s, s.ping_interval_s
+    )
     return {
         "supervisor": {
             "node": c.node.name,
             "run_dir": c.node.run_dir,
             "state_dir": c.node.state_dir,
             "agent_user": c.agent.user,
-            "ping_interval_s": c.supervisor.ping_interval_s,
-            "ping_timeout_s": c.supervisor.ping_timeout_s,
+            "ping_interval_s": ping_interval_s,
+            "ping_timeout_s": ping_timeout_s,
             "fence_timeout_s": c.timing.fence_timeout_s,
             "log_format": c.log.format,
         },

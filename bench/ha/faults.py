@@ -219,6 +219,12 @@ FAULTS: dict[str, Fault] = {
         scenarios.freeze_agent,
         takes=frozenset({"agent"}),
     ),
+    "agent-frozen-once": Fault(
+        "SIGSTOP to the agent, once",
+        _agents(STOP),
+        scenarios.thaw_agent,
+        takes=frozenset({"agent"}),
+    ),
     "fencer-killed": Fault("SIGKILL to the fencer, once", _guard("fencer", KILL)),
     "fencer-kept-down": Fault(
         "SIGKILL to the fencer and each replacement", _guard("fencer", KILL), nothing, _kept("fencer", KILL)

@@ -88,7 +88,6 @@ class Patroni:
                     "max_replication_slots": 10,
                     "max_connections": 50,
                     "wal_keep_size": "256MB",
-                    "wal_retrieve_retry_interval": "200ms",
                 },
             },
         }

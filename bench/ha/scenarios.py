@@ -181,6 +181,9 @@ SCENARIOS: dict[str, Scenario] = {
     "agent-frozen": Scenario(
         "SIGSTOP to the primary's agent and to every replacement", freeze_agent, thaw_agent, keep=freeze_agent
     ),
+    "agent-frozen-once": Scenario(
+        "SIGSTOP to the primary's agent, once; its replacements are let be", freeze_agent, thaw_agent
+    ),
     "host-frozen": Scenario(
         "the primary's whole host stands still beyond the lease, then goes on", freeze_host, thaw_host
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.mutants import agent, comeback, core, fencer, shells, store, supervisor, verdict
+from bench.mutants import agent, comeback, core, fencer, shells, store, supervisor, timing, verdict
 from bench.mutants.rule import Rule
 
 AREAS: dict[str, list[Rule]] = {
@@ -12,6 +12,7 @@ AREAS: dict[str, list[Rule]] = {
     "agent": agent.RULES,
     "store": store.RULES,
     "supervisor": supervisor.RULES,
+    "timing": timing.RULES,
     "comeback": comeback.RULES,
     "verdict": verdict.RULES,
 }

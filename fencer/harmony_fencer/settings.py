@@ -5,8 +5,8 @@ Run by pg_ctl: data_dir/harmony.postgresql.conf is the config_file; it includes 
 starts PostgreSQL with the user's file, which must include ours at its end; a conf.d folder that it
 includes already (Debian's) gets a file that does so. One that runs since before Harmony, and is to be run by
 pg_ctl, reads the user's file until its next start: this must include ours, too, without the way back
-(harmony.included.conf: the other would include it in turn). Of max_slot_wal_keep_size the user's value counts,
-where there is one. Nothing here starts or signals anything.
+(harmony.included.conf: the other would include it in turn). Of max_slot_wal_keep_size and wal_retrieve_retry_interval
+the user's value counts, where there is one. Nothing here starts or signals anything.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _INCLUDE_DIR = re.compile(r"\s*include_dir\s*=?\s*'([^']+)'")
 _INCLUDES = re.compile(r"\s*include(?:_if_exists)?\s*=?\s*'([^']+)'")
 _INCLUDE = re.compile(r"\s*(include|include_if_exists|include_dir)\s*=?\s*'([^']+)'")
 _KEEP = "max_slot_wal_keep_size"
+_RETRY = "wal_retrieve_retry_interval"
+_RETRY_AFTER = "500ms"  # by default 5 s: so long who leads again in place would wait for its standbys
 _DEEPEST = 10  # files that include files; PostgreSQL's own limit
 _LEAST_MB, _UNKNOWN_MB, _DISK_SHARE = 64, 1024, 10
 _LEAST_WAIT_S, _POSTGRES_WAIT_S = 10, 60
@@ -148,6 +150,14 @@ def _user_sets(c: FencerConfig, key: str) -> bool:
     return any(found is not None and found.group(1).lower() == key for found in settings)
 
 
+def _unless_the_user_does(c: FencerConfig, data: Path) -> dict[str, str]:
+    """What counts only where no file of the user's sets it. (ALTER SYSTEM's is read last, and counts anyway.)"""
+    settings = {_RETRY: _RETRY_AFTER}
+    if c.slots.own:
+        settings[_KEEP] = f"{_keep_mb(c, data)}MB"
+    return {key: value for key, value in settings.items() if not _user_sets(c, key)}
+
+
 def _of_slots(c: FencerConfig, source: Source, data: Path) -> dict[str, str]:
     if not c.slots.own:
         return {}
@@ -169,8 +179,7 @@ def render(c: FencerConfig, source: Source, sync: SyncRule | None, data: Path, *
     lines = [
         "# Written by Harmony's fencer at every order; changes here are lost. Yours go into postgresql.conf."
     ]
-    if c.slots.own and not _user_sets(c, _KEEP):
-        lines.append(f"{_KEEP} = {quote(f'{_keep_mb(c, data)}MB')}")
+    lines += [f"{key} = {quote(value)}" for key, value in _unless_the_user_does(c, data).items()]
     if c.run == "pg_ctl" and name == CONF:
         lines.append(f"include {quote(c.config_file)}")
     lines += [f"{key} = {quote(value)}" for key, value in settings.items()]

@@ -31,7 +31,6 @@ hot_standby = on
 fsync = on
 max_connections = 50
 shared_buffers = '32MB'
-wal_retrieve_retry_interval = '200ms'
 listen_addresses = '127.0.0.1'
 port = {port}
 unix_socket_directories = '{socket_dir}'

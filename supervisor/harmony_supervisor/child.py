@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 import trio
@@ -49,6 +50,11 @@ class Spec:
     steady: bool = False
     ready_timeout_s: float = 30.0
     again_timeout_s: float = 30.0  # the same, when an earlier one of ours has ended
+
+
+def heard_at(last_pong: float, now: float, overslept_s: float) -> float:
+    """When the child's silence began. While we did not run ourselves (a paused host, a busy one) it proves nothing."""
+    return min(now, last_pong + overslept_s)
 
 
 @dataclass
@@ -116,6 +122,8 @@ class Child:
         if not steady and os.geteuid() == 0:
             with contextlib.suppress(OSError):  # favoured where that is allowed; it may be dead already
                 os.setpriority(os.PRIO_PROCESS, process.pid, AGENT_NICE)
+                # Where its session is a group of its own to the scheduler (outside of systemd's units), that counts.
+                Path(f"/proc/{process.pid}/autogroup").write_text(str(AGENT_NICE))
         return process, ours
 
     async def run(self) -> int:
@@ -196,16 +204,16 @@ class Child:
         number, began = 0, time.monotonic()
         while True:
             number += 1
-            woken = time.monotonic()
             try:
                 with trio.move_on_after(interval_s):
                     await stream.send_all(b"ping %d\n" % number)
             except trio.BrokenResourceError:
                 pass  # its death is seen through the pidfd
+            asleep = time.monotonic()
             await trio.sleep(interval_s)
             now = time.monotonic()
-            if now - woken > 2 * interval_s + timeout_s / 2:
-                self.last_pong = now  # we did not run ourselves (a paused host): its silence proves nothing
+            self.last_pong = heard_at(self.last_pong, now, now - asleep - interval_s)
+            await trio.lowlevel.checkpoint()  # what it has said meanwhile is read first
             if self.ready:
                 late, what = now - self.last_pong > timeout_s, f"no answer to pings for {timeout_s:g} s"
             else:

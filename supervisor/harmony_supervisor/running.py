@@ -15,8 +15,9 @@ from harmony_supervisor.child import Spec
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
 
-FENCER_PING_SHARE = 0.18  # of fence_timeout: the second look after a hang comes just past the share below
-FENCER_HUNG_SHARE = 0.35
+FENCER_HUNG_SHARE = 0.35  # of fence_timeout; in the rest the next fencer starts, and fences
+FENCER_HUNG_LEAST_S = 0.25  # a healthy fencer may not get to run for so long: no shorter one is a hang
+FENCER_PING_SHARE = 0.515  # of that: the second look after a hang comes just past it
 log = structlog.get_logger("supervisor")
 
 
@@ -36,6 +37,12 @@ def _configure_logging(form: str, node: str) -> None:
     structlog.contextvars.bind_contextvars(process="supervisor", node=node)
 
 
+def fencer_pings(fence_timeout_s: float) -> tuple[float, float]:
+    """Seconds (between pings of the fencer, without an answer until it is replaced)."""
+    hung_s = max(FENCER_HUNG_LEAST_S, FENCER_HUNG_SHARE * fence_timeout_s)
+    return FENCER_PING_SHARE * hung_s, hung_s
+
+
 def run(
     resolved: dict[str, dict[str, object]],
     fencer_argv: Sequence[str],
@@ -52,12 +59,13 @@ def run(
         )
     fence_timeout_s = float(str(s["fence_timeout_s"]))
     lease_s = float(str(resolved["fencer"]["lease_s"]))
+    fencer_ping_s, fencer_hung_s = fencer_pings(fence_timeout_s)
     fencer = Spec(
         "fencer",
         fencer_argv,
         # A fencer that hangs at its lease's end is replaced, and the new one has fenced, within fence_timeout.
-        ping_interval_s=fence_timeout_s * FENCER_PING_SHARE,
-        ping_timeout_s=fence_timeout_s * FENCER_HUNG_SHARE,
+        ping_interval_s=fencer_ping_s,
+        ping_timeout_s=fencer_hung_s,
         steady=True,
         ready_timeout_s=30.0 + lease_s + fence_timeout_s,  # an orphan may guard its lease to the end first
         again_timeout_s=fence_timeout_s + 2.0,

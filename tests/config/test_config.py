@@ -218,6 +218,8 @@ def test_resolve(tmp_path: Path) -> None:
     resolved = resolve(load(write(tmp_path, text), {}))
     fencer = msgspec.json.decode(msgspec.json.encode(resolved["fencer"]), type=FencerConfig)
     assert (fencer.lease_s, fencer.port) == (11.0, 5432)
+    supervisor = resolved["supervisor"]
+    assert (supervisor["ping_interval_s"], supervisor["ping_timeout_s"]) == (0.5, 3.0)
     assert (fencer.slots.own, fencer.slots.keep_mb, fencer.slots.synced) == (True, 0, False)
     logical = f'{text}{SLOT}b]\ntype = "logical"\ndatabase = "d"\nplugin = "p"\n'
     (data / "PG_VERSION").write_text("16\n")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from harmony.config_times import pings
 from harmony.demo.cluster import memory_folder
 from harmony_fencer import cgroup, protocol
 from harmony_fencer import lease as leases
@@ -31,6 +32,7 @@ from tests.fencer.node import FENCE_S, LEASE_S, Node, Template, Writer, boot_ns
 
 pytestmark = pytest.mark.real
 
+AGENT_PATIENCE_S = 20.0  # a healthy one that does not get to run, on a busy machine, is not to be replaced
 AGENT = f"""
 import select, socket, sys, time
 from pathlib import Path
@@ -83,6 +85,12 @@ class Rig:
         self.node = node
         self.mode("renew")
         (node.run / "agent.py").write_text(AGENT)
+        self._write(AGENT_PATIENCE_S)
+        self.supervisors: list[subprocess.Popen[bytes]] = []
+
+    def _write(self, agent_hung_s: float) -> None:
+        """What the supervisor is started with."""
+        node = self.node
         resolved = {
             "supervisor": {
                 "node": "n1",
@@ -92,13 +100,16 @@ class Rig:
                 "agent_user": None,
                 "fence_timeout_s": FENCE_S,
                 "ping_interval_s": 0.2,
-                "ping_timeout_s": 1.0,
+                "ping_timeout_s": agent_hung_s,
             },
             "fencer": json.loads(node.config.read_text()),
             "agent": {},
         }
         (node.run / "resolved.json").write_text(json.dumps(resolved))
-        self.supervisors: list[subprocess.Popen[bytes]] = []
+
+    def replace_hung_agents(self) -> None:
+        """As soon as in production; to be said before the start."""
+        self._write(pings(LEASE_S, None, None)[1])
 
     def mode(self, what: str) -> None:
         """What the agent does from its next round on: "renew", "idle" or "loop"."""
@@ -288,6 +299,7 @@ def test_a_deadline_far_in_the_future_is_clamped(node: Node) -> None:
 @pytest.mark.parametrize("how", ["killed", "stopped", "loops"])
 def test_an_agent_that(rig: Rig, how: str) -> None:
     """W9: it does not renew any more, whatever became of it (nor does the one that replaces it)."""
+    rig.replace_hung_agents()
     with leading(rig) as writer:
         agent = rig.agent
         if how == "loops":
@@ -301,14 +313,18 @@ def test_an_agent_that(rig: Rig, how: str) -> None:
         rig.node.wait(lambda: agent not in rig.pids("agent.py"), "it is replaced", 5)
 
 
-def test_an_agent_killed_and_replaced_in_time(rig: Rig) -> None:
-    """W9: the lease spans its restart; no write is lost."""
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_agent_killed_or_frozen_and_replaced_in_time(rig: Rig, number: signal.Signals) -> None:
+    """W9: the lease spans that a hang is noticed, and its restart; no write is lost."""
+    rig.replace_hung_agents()
     with leading(rig) as writer:
         begun_ns, agent = boot_ns(), rig.agent
-        os.kill(agent, signal.SIGKILL)
+        os.kill(agent, number)
         time.sleep(LEASE_S + 0.5)
+        rig.node.wait(lambda: agent not in rig.pids("agent.py"), "it is replaced")
         uninterrupted(writer, begun_ns)
-        assert rig.agent != agent
+        assert rig.node.status().self_fence is None or not pace.STRICT
 
 
 # ---------------------------------------------------------------- a fencer that dies or hangs

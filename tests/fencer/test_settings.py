@@ -14,6 +14,7 @@ from harmony_fencer.protocol import SyncRule
 from harmony_fencer.settings import Source
 
 KEEP = "max_slot_wal_keep_size"
+RETRY = "wal_retrieve_retry_interval"
 
 
 def config(top: Path, run: Literal["pg_ctl", "systemd"] = "pg_ctl", **slots: object) -> FencerConfig:
@@ -90,9 +91,20 @@ def test_the_bound(data: Path) -> None:
     assert rendered(config(data, own=True), Source(None), data)[KEEP] == "'1024MB'"
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("primary", ["n2", None])
+def test_a_standby_asks_again_soon(data: Path, own: bool, primary: str | None) -> None:
+    """Whoever leads again in place waited up to 5 s for its standbys. Before the user's file, whatever the slots."""
+    text = settings.render(config(data, own=own), Source(primary), SyncRule(0, ()), data)
+    assert text.index(f"{RETRY} = '500ms'") < text.index("include ")
+
+
+@pytest.mark.parametrize("key", [KEEP, RETRY])
 @pytest.mark.parametrize("run", ["pg_ctl", "systemd"])
 @pytest.mark.parametrize("place", ["postgresql.conf", "conf.d/a.conf", "deep.conf"])
-def test_the_users_own_bound_goes_first(data: Path, run: Literal["pg_ctl", "systemd"], place: str) -> None:
+def test_the_users_own_goes_first(
+    data: Path, run: Literal["pg_ctl", "systemd"], place: str, key: str
+) -> None:
     """Run by systemd ours is read after it, and would win."""
     (data / "conf.d").mkdir()
     lines = [
@@ -104,11 +116,12 @@ def test_the_users_own_bound_goes_first(data: Path, run: Literal["pg_ctl", "syst
     (data / "postgresql.conf").write_text("\n".join(lines))
     (data / "loop.conf").write_text("include 'loop.conf'\n")
     (data / "deep.conf").write_text("")
-    (data / "conf.d" / settings.DROP_IN).write_text(f"{KEEP} = 1\n")
-    assert KEEP in rendered(config(data, run, own=True), Source(None), data)
+    (data / "conf.d" / settings.DROP_IN).write_text(f"{key} = 1\n")
+    assert key in rendered(config(data, run, own=True), Source(None), data)
     with (data / place).open("a") as f:
-        f.write(f"\n{KEEP.upper()} '5GB'\n")
-    assert KEEP not in rendered(config(data, run, own=True), Source(None), data)
+        f.write(f"\n{key.upper()} '5'\n")
+    found = rendered(config(data, run, own=True), Source(None), data)
+    assert {KEEP, RETRY} & found.keys() == {KEEP, RETRY} - {key}
 
 
 @pytest.mark.parametrize(("version", "synced"), [("16", False), ("17", True), ("18", True)])

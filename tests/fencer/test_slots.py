@@ -31,6 +31,7 @@ from tests.fencer.node import Node
 from tests.fencer.pair import Pair, Primary
 
 pytestmark = pytest.mark.real
+RETRY = "wal_retrieve_retry_interval"
 N1, N2 = slot_name("n1"), slot_name("n2")
 LEADS = Duty("primary", "n2", frozenset({"n1"}), {}, {}, 2**62)
 FOLLOWS = Duty("standby", "n2", frozenset({"n2"}), {}, {}, 0)
@@ -83,7 +84,7 @@ def test_the_names_are_the_same_on_both_sides() -> None:
 
 
 def test_a_copy_and_a_standby_through_their_slot(pair: Pair) -> None:
-    """A copy uses it from its beginning; an order without it takes it away; a bound of the user's goes first."""
+    """A copy uses it from its beginning; an order without it takes it away; what the user sets goes first."""
     node = pair.node
     node.configure(slots={"own": True, "keep_mb": 96})
     pair.diverge()
@@ -96,13 +97,17 @@ def test_a_copy_and_a_standby_through_their_slot(pair: Pair) -> None:
     node.wait(lambda: streams_by(pair) == [(N1,)], "it streams through its slot")
     assert survey(pair.primary, wants("n2"), LEADS).slots[N1] > began, "its owner moves it"
     pair.healthy()
-    assert show(node, "max_slot_wal_keep_size") == "96MB"
+    assert (show(node, "max_slot_wal_keep_size"), show(node, RETRY)) == ("96MB", "500ms")
     node.set_postgres(max_slot_wal_keep_size="123MB", primary_slot_name="the_users")
+    with node.connect() as c:
+        c.execute(f"ALTER SYSTEM SET {RETRY} = '3s'".encode())
     order(pair, slot=False)
     node.wait(
         lambda: streams_by(pair) == [] and show(node, "primary_slot_name") == "", "without a slot again"
     )
-    assert show(node, "max_slot_wal_keep_size") == "123MB"
+    assert (show(node, "max_slot_wal_keep_size"), show(node, RETRY)) == ("123MB", "3s")
+    with node.connect() as c:
+        c.execute(f"ALTER SYSTEM RESET {RETRY}".encode())
     pair.healthy()
     node.configure(slots={"own": False})
 

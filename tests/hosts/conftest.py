@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 
 from tests.hosts.debian import Debian, version
-from tests.hosts.harmony_host import CONFIG, HarmonyHost
+from tests.hosts.harmony_host import HarmonyHost
 from tests.hosts.host import Host, why_not
 
 GRANT = "/etc/systemd/system/harmony.service.d/grant.conf"
@@ -70,7 +70,6 @@ def hard_host(template: HarmonyHost) -> Iterator[HarmonyHost]:
     """A primary that tests stop, kill and freeze, and leave leading again; with real-time scheduling granted."""
     with HarmonyHost("hard", like=template) as made:
         grant(made)
-        made.write(CONFIG, made.read(CONFIG) + "\n[supervisor]\nping_timeout_s = 20\n")  # tests stop agents
         made.systemctl("restart", "harmony", timeout=90)
         made.wait_for_primary()
         yield made

@@ -65,7 +65,6 @@ class Debian:
             settings={
                 "cluster": {"id": "debian"},
                 "postgresql": postgresql,
-                "supervisor": {"ping_timeout_s": 20},  # tests stop agents
             }
         )
 

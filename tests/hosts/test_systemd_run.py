@@ -19,7 +19,7 @@ from tests.hosts.harmony_host import CONFIG, PREFIX, HarmonyHost
 from tests.hosts.host import wait_until
 from tests.hosts.test_boot import setting, standby
 from tests.hosts.test_switch import ended
-from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S, control_state, follow
+from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S, control_state, following
 from tests.hosts.writer import now_s, writing
 
 pytestmark = pytest.mark.real
@@ -115,9 +115,9 @@ def test_a_stop_is_a_clean_shutdown_and_the_unit_stays_down(unit_host: HarmonyHo
 def test_a_standby_outlives_harmony(unit_host: HarmonyHost) -> None:
     """O7: stopping Harmony never takes PostgreSQL along."""
     host = unit_host
-    follow(host)
-    master = postmaster(host)
-    host.systemctl("stop", "harmony", timeout=90)
+    with following(host):
+        master = postmaster(host)
+        host.systemctl("stop", "harmony", timeout=90)
     assert postmaster(host) == master
     assert standby(host)
     host.start()

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -236,9 +238,9 @@ def test_a_restart_leads_again(hard_host: HarmonyHost) -> None:
 def test_stopping_leaves_a_standby_running(hard_host: HarmonyHost) -> None:
     """O7: a standby serves its readers, whatever becomes of Harmony."""
     host = hard_host
-    follow(host)
-    before = host.processes("postgres")
-    host.systemctl("stop", "harmony", timeout=90)
+    with following(host):
+        before = host.processes("postgres")
+        host.systemctl("stop", "harmony", timeout=90)
     assert [host.pids(name) for name in HARMONY] == [[], [], []]
     (postmaster,) = [p.pid for p in host.processes("postgres") if "-D" in p.argv]
     assert postmaster in {p.pid for p in before}
@@ -258,14 +260,26 @@ def seconds_to_start(module: str) -> float:
     return min(took)
 
 
-def follow(host: HarmonyHost) -> None:
-    """Make a standby (of nobody) of a primary whose agent does not get to run."""
-    host.signal("harmony.agent", signal.SIGSTOP)
-    highest = host.fencer().highest
-    order = protocol.Follow(generation=protocol.Generation(highest.term, highest.order + 1), primary=None)
-    assert isinstance(host.ask_fencer(order), protocol.Accepted)
-    wait_until(lambda: (record := host.fencer().order) is not None and record.state == "done", "a standby")
-    assert host.sql("SELECT pg_is_in_recovery()") == [[True]]
+@contextmanager
+def following(host: HarmonyHost) -> Iterator[None]:
+    """A standby (of nobody) made of a primary whose agent does not get to run, nor its supervisor to replace it.
+
+    Nor does systemd replace that meanwhile, however long it takes. `systemctl stop` lets the supervisor go on.
+    """
+    host.systemctl("service-watchdogs", "no")
+    try:
+        host.signal("harmony-supervisor", signal.SIGSTOP)
+        host.signal("harmony.agent", signal.SIGSTOP)
+        highest = host.fencer().highest
+        order = protocol.Follow(generation=protocol.Generation(highest.term, highest.order + 1), primary=None)
+        assert isinstance(host.ask_fencer(order), protocol.Accepted)
+        wait_until(
+            lambda: (record := host.fencer().order) is not None and record.state == "done", "a standby"
+        )
+        assert host.sql("SELECT pg_is_in_recovery()") == [[True]]
+        yield
+    finally:
+        host.systemctl("service-watchdogs", "yes")
 
 
 def test_harmony_comes_back_around_a_postgresql_that_runs_on(hard_host: HarmonyHost) -> None:

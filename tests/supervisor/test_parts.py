@@ -22,7 +22,7 @@ import trio
 import trio.testing
 
 from harmony_supervisor import child as children
-from harmony_supervisor.child import Child, Spec
+from harmony_supervisor.child import Child, Spec, heard_at
 from harmony_supervisor.main import _folders, _lock, _resolved, _write
 from harmony_supervisor.notify import Notifier
 from harmony_supervisor.supervisor import Settings, Supervisor
@@ -381,6 +381,33 @@ async def test_only_the_fencer_inherits_real_time_scheduling(folder: Path, stead
     assert found["scheduler"] == (os.SCHED_RR if steady else os.SCHED_OTHER)
 
 
+def autogroup_nice(pid: int) -> int | None:
+    """Of a process's session; None: this kernel has no such groups."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2])
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not AS_ROOT, reason="needs root, to be favoured")
+@pytest.mark.parametrize("steady", [True, False])
+async def test_the_agent_is_favoured_and_its_session_too(folder: Path, steady: bool) -> None:
+    """On a busy machine it took four times as long to start, and the lease was over."""
+    child = Child(spec_of(folder, "runs", steady=steady), lambda: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(child.run)
+        await until(lambda: child.ready)
+        assert child.pid is not None
+        nice = os.getpriority(os.PRIO_PROCESS, child.pid)
+        of_group = autogroup_nice(child.pid)
+        await child.stop(5)
+        nursery.cancel_scope.cancel()
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert nice == (mine if steady else -10)
+    assert of_group in {None, 0 if steady else -10}
+
+
 @pytest.mark.real
 async def test_one_that_does_not_stop_is_killed(folder: Path) -> None:
     child = Child(spec_of(folder, "deaf"), lambda: None)
@@ -446,6 +473,19 @@ async def test_a_one_shot_that_hangs_is_killed(folder: Path) -> None:
     supervisor = Supervisor(Settings("n1", -4.0, 2), SPEC, SPEC, [sys.executable, "-c", script], Told())
     with trio.fail_after(60):
         assert await supervisor._fence_once() is False
+
+
+@pytest.mark.parametrize(
+    ("overslept_s", "silent_s"),
+    [
+        (0.0, 0.3),
+        (0.2, 0.1),  # a busy host: it was silent for 0.1 s while we ran
+        (9.0, 0.0),  # a paused one
+    ],
+)
+def test_a_pause_of_our_own_is_no_silence_of_the_childs(overslept_s: float, silent_s: float) -> None:
+    """However short: a scheduling gap of less than its timeout had a healthy fencer killed in the middle of a fence."""
+    assert 100.3 - heard_at(100.0, 100.3, overslept_s) == pytest.approx(silent_s)
 
 
 # ---------------------------------------------------------------- what running.py makes of the configuration

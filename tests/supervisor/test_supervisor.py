@@ -32,15 +32,17 @@ CHILD = textwrap.dedent("""
     def note(text):
         with open(f"{folder}/{name}", "a") as f:
             f.write(f"{text} {os.getpid()} {time.monotonic()}\\n")
-    note("start")
-    if mode == "dies":
-        sys.exit(3)
-    if mode == "config":
-        sys.exit(78)
     def end(*_):
         note("term")
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
+    note("start")
+    if mode == "dies":
+        sys.exit(3)
+    if mode == "config":
+        while not os.path.exists(f"{folder}/fencer"):  # on a busy machine it starts later: it is to be seen ending
+            time.sleep(0.01)
+        sys.exit(78)
     s = socket.socket(fileno=fd)
     s.sendall(b"ready x\\nstatus fine\\n")
     while True:
