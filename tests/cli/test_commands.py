@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from harmony.admin import NodeView, SelfView, Shown, StatusReply, StoreView
 from harmony.agent.fencer import FencerClient
 from harmony.cli import where
+from harmony.cli.fence import _wait_s
 from harmony.cli.main import COMMANDS, cli
 from harmony.cli.outlook import able, outlook
 from harmony.cli.where import who
@@ -475,6 +476,20 @@ def test_a_host_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_000_000)
     assert who().startswith("uid 4000000")
+
+
+def test_who_used_sudo_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latch's record names the person, not root."""
+    monkeypatch.setenv("SUDO_USER", "anna")
+    assert who() == f"anna (pid {os.getpid()})"
+
+
+def test_a_clean_fence_is_waited_for(folder: Path) -> None:
+    """A clean shutdown may take the whole lease: before that nothing is called unproven."""
+    (folder / "fencer.json").write_text('{"lease_s": 11.0, "fence_timeout_s": 2.0, "node": "n1"}')
+    assert _wait_s(folder) > 13
+    (folder / "fencer.json").unlink()
+    assert _wait_s(folder) > 60, "where nothing tells, no less than the longest"
 
 
 BROKEN = 'x = 1\n[node]\nrun_dir = "{folder}"\n'
