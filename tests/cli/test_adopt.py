@@ -138,9 +138,11 @@ def test_postgresql_is_asked_as_the_agent_asks_it(config: Config, folder: Path, 
         look_here(msgspec.structs.replace(config, agent=agent, postgresql=postgresql), found)
     finally:
         server.close()
+        left = os.geteuid()
+        os.seteuid(os.getuid())
     changes = user is not None and os.geteuid() == 0
     assert server.uids == [pwd.getpwnam("nobody").pw_uid if changes else os.geteuid()]
-    assert os.geteuid() == os.getuid(), "and is who it was again"
+    assert left == os.getuid(), "and is who it was again"
     (problem,) = found.problems
     assert f"the agent runs as {user or 'root'}" in problem
     assert "agent.user" in problem
