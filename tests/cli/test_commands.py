@@ -391,6 +391,22 @@ def test_a_newer_fence_that_latches_nothing_is_not_the_operators(fakes: Fakes) -
     assert "NOT proven" in text
 
 
+def test_a_newer_fence_without_its_proof_proves_nothing(fakes: Fakes) -> None:
+    """W5: nothing runs at this moment, and nobody has seen that nothing can start again."""
+    found = fencer_status(record("done", "fence", order=6))
+    fakes.fencer(protocol.Accepted(record("running")), replace(found, postgres="down"))
+    code, text = fakes.run("fence", "--force")
+    assert (code, "NOT proven" in text) == (1, True)
+
+
+def test_an_order_of_before_is_not_its_outcome(fakes: Fakes) -> None:
+    """W5: what is told may be the last order still."""
+    before = fencer_status(record("failed", "follow", order=4))
+    fakes.fencer(protocol.Accepted(record("running")), before, fencer_status(record(), proven=True))
+    code, text = fakes.run("fence", "--force")
+    assert (code, "fenced, proven" in text) == (0, True)
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_one_shot_latches(fakes: Fakes, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """W5: what is fenced without a fencer stays so, too; and its exit code is the command's."""
