@@ -60,6 +60,16 @@ def test_a_stall_is_told_from_a_wait_for_a_standby_and_from_idleness() -> None:
         assert note in seen[-1].note
 
 
+def test_a_stall_takes_two_looks_that_are_answered() -> None:
+    """W10: one look may fall between two flushes, and what was seen before a silence says nothing of after it."""
+    waits = Signs(replace(WELL, wal_waiters=1))
+    d = Diagnosis()
+    assert [d.judge(waits, 0).symptom for _ in range(3)] == ["", "", "stalled"]
+    d = Diagnosis()
+    looks = (waits, waits, Signs(None, "wrong password", "answered"), waits)
+    assert [d.judge(signs, 0).symptom for signs in looks] == [""] * 4
+
+
 def test_wal_that_moves_is_no_stall() -> None:
     """W10: however many wait for it at each look."""
     d = Diagnosis()

@@ -28,6 +28,7 @@ from harmony.records import (
     decode_control,
     encode,
 )
+from harmony.store.interface import Entry
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_commands import CLUSTER
 from tests.core import helpers
@@ -96,6 +97,28 @@ async def test_somebody_else_is_never_overwritten() -> None:
     with pytest.raises(Impossible, match="not written after 5 tries"):
         await change(slow, acknowledged)
     assert await store.get(CONTROL, timeout_s=10) is not None
+
+
+async def test_who_writes_between_our_look_and_our_write_stays() -> None:
+    """D1: what is written is an edit of what was read, and of nothing newer."""
+    server = MemoryServer()
+    await stored(server)
+    other = MemoryStore(server, "c1")
+
+    class Overtaken(MemoryStore):
+        looks = 0
+
+        async def get(self, key: str, *, timeout_s: float) -> Entry | None:
+            entry = await super().get(key, timeout_s=timeout_s)
+            if key == CONTROL:
+                self.looks += 1
+                if self.looks == 1:
+                    wished = encode(Control(attempt="other", switchover=WISH))
+                    await other.update(CONTROL, wished, 0, timeout_s=10)
+            return entry
+
+    found = await change(Overtaken(server, "c1"), acknowledged)
+    assert (found.acknowledged, found.switchover) == (3, WISH)
 
 
 async def test_a_lost_answer_is_looked_up() -> None:
