@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.mutants import agent, comeback, core, fencer, shells, store, supervisor, timing, verdict
+from bench.mutants import agent, cli, comeback, core, fencer, host, shells, store, supervisor, timing, verdict
 from bench.mutants.rule import Rule
 
 AREAS: dict[str, list[Rule]] = {
@@ -10,9 +10,11 @@ AREAS: dict[str, list[Rule]] = {
     "fencer": fencer.RULES,
     "shells": shells.RULES,
     "agent": agent.RULES,
+    "cli": cli.RULES,
     "store": store.RULES,
     "supervisor": supervisor.RULES,
     "timing": timing.RULES,
+    "host": host.RULES,
     "comeback": comeback.RULES,
     "verdict": verdict.RULES,
 }

@@ -263,6 +263,14 @@ class Noted:
         self.asked.append(query)
 
 
+def test_a_slot_of_no_member_that_is_in_use_is_left_alone() -> None:
+    """Somebody streams through it: a member that was taken out of one node's configuration, say."""
+    theirs = Slot("harmony_member_n9", lsn=1)
+    there = (Slot(N2, lsn=1), Slot(N3, lsn=1))
+    assert plan(found(*there, theirs), WANTED, PRIMARY)[0] == [Drop(theirs.name, "it is of no other member")]
+    assert plan(found(*there, replace(theirs, active=True)), WANTED, PRIMARY)[0] == []
+
+
 @pytest.mark.parametrize(
     "action", [Create(N2), Advance(N2, 1), Drop(N2, "")], ids=["create", "advance", "drop"]
 )
