@@ -24,6 +24,7 @@ from harmony.config import Config
 from harmony.core import slots
 from harmony.core.messages import (
     Accepted,
+    Ask,
     Checkpoint,
     CheckpointDone,
     ClusterSeen,
@@ -131,6 +132,7 @@ class Shell:
         self._shown: tuple[ClusterSeen, int] | None = None
         self._ended = ""
         self._wake = trio.Event()
+        self._asked = trio.Event()  # the core wants the database's answer now
         self._epoch = 0
         self._failing = Failing()
         self._unreadable: dict[str, str] = {}  # key → why, as it was logged
@@ -179,6 +181,7 @@ class Shell:
 
     async def _probing(self) -> None:
         while True:
+            self._asked = trio.Event()  # before the question: what comes while it is open asks again
             started = boot_ns()
             answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)
             self.post(answer)
@@ -188,7 +191,8 @@ class Shell:
             pause_s = self._timing.heartbeat_interval_s / 2
             if r is not None and r.taken_ns and r.worst != r.told:
                 pause_s = 0.0  # commits may be waiting for the next step
-            await trio.sleep(max(0.05, pause_s - (boot_ns() - started) / NS))
+            with trio.move_on_after(max(0.05, pause_s - (boot_ns() - started) / NS)):
+                await self._asked.wait()
 
     def _tell_of_probe(self, answer: DbSeen | DbSilent) -> None:
         """Log why PostgreSQL cannot be asked, where it runs: it is the cause of much that is decided."""
@@ -279,6 +283,8 @@ class Shell:
                 nursery.start_soon(self._refresh, command)
             case Checkpoint(ahead_of=ahead_of):
                 nursery.start_soon(self._checkpoint, ahead_of)
+            case Ask():
+                self._asked.set()
             case Nudge():
                 nursery.start_soon(self._nudge)
             case Fatal(why=why):

@@ -33,8 +33,13 @@ def stale(v: View, t: Timing, now_ns: int) -> bool:
     if v.cluster is not None and v.cluster.adopting:
         return False
     by_store = v.stamp_ns > 0 and v.own_stamp_ns - v.stamp_ns > t.failover_ns
-    by_boot = now_ns - v.silent_from_ns > t.failover_ns
+    by_boot = stale_here(v, t, now_ns)
     return by_store and by_boot
+
+
+def stale_here(v: View, t: Timing, now_ns: int) -> bool:
+    """The half of it by our own boot clock: nothing newer of the primary was seen here for failover_timeout."""
+    return now_ns - v.silent_from_ns > t.failover_ns
 
 
 def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
