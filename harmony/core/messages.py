@@ -419,5 +419,17 @@ class Stop:
 
 
 Command = (
-    Write | Read | Refresh | Order | Renew | TellRule | Ask | Nudge | Checkpoint | Log | Fatal | Remember | Stop
+    Write
+    | Read
+    | Refresh
+    | Order
+    | Renew
+    | TellRule
+    | Ask
+    | Nudge
+    | Checkpoint
+    | Log
+    | Fatal
+    | Remember
+    | Stop
 )
