@@ -305,7 +305,7 @@ def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:
 def _own(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]) -> View:
     """Drive the exchange on our own member record, and the periodic read of everything."""
     next_ns = _next_beat(v.own_sent_ns, 0 if is_leading(v, me) else v.failures, t)
-    urgent = urgency.answered(v)
+    urgent = urgency.answered(v, now_ns)
     if not v.own.running and (now_ns >= next_ns or urgent or (v.retiring and not v.farewell)):
         v = replace(v, own=register.start(v.own, now_ns, t.timeout_ns), own_sent_ns=now_ns)
         v = replace(v, urged_ns=0 if urgent else v.urged_ns)

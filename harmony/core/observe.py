@@ -325,6 +325,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     db = database(v, t, now_ns)
     fate, fate_why = order_fate(v, now_ns)
     pause = FENCE_PAUSE_NS if v.order is not None and v.order.op == "fence" else ORDER_PAUSE_NS
+    if v.order is not None and fate == "done" and v.order.op == "follow" and v.order.primary != target(v, me):
+        pause = 0  # it is not that order which is sent anew: another leads now
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
     fit = _fit(v, me, t, now_ns)

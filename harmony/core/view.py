@@ -161,7 +161,8 @@ class View(msgspec.Struct, frozen=True):
     own_sent_ns: int = 0
     own_stamp_ns: int = 0
     occasion: Occasion = NO_OCCASION  # the newest for which the database was asked at once
-    urged_ns: int = 0  # when it was; 0: the record that it is owed was begun
+    urged_ns: int = 0  # when it came; 0: the record that is owed to it was begun
+    asked_ns: int = 0  # when the database was last asked for it
     refreshing_until_ns: int = 0
     refreshed_ns: int = 0
     # counters of the heartbeat that matters in the state (leading: the lead, else the own record)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from harmony.core import candidate
+from harmony.core import candidate, urgency
 from harmony.core.messages import (
     Ask,
     Command,
     Connected,
+    DbSeen,
     DbSilent,
     Event,
     MemberSeen,
+    Order,
     RefreshDone,
     Write,
     WriteDone,
@@ -62,6 +66,11 @@ class Node:
         return self.do(*events, after_ms=after_ms).count(Ask())
 
 
+def cut_off(asked_ns: int, lsn: int = 1000) -> DbSeen:
+    """The answer of a standby whose primary's connections have ended."""
+    return replace(standby(asked_ns, lsn), streaming=False)
+
+
 def final(record: Member, revision: int) -> bool:
     """Whether others take this position for the final one of a vacancy."""
     me = candidate.Standing("n3", True, 4, 1000, 0, False, False, 100, True)
@@ -77,7 +86,7 @@ def test_a_vacancy_is_answered_at_once() -> None:
     n = Node()
     assert n.asks(seen(VACANT, 51, by_read=False)) == 1
     assert not n.told, "before the database has answered there is nothing to tell"
-    n.do(standby(n.now, lsn=2000))
+    n.do(cut_off(n.now, lsn=2000))
     (record,) = n.told
     assert (record.seen_revision, record.received_lsn) == (51, 2000)
     assert final(record, 51)
@@ -88,9 +97,9 @@ def test_an_answer_of_before_the_vacancy_is_none() -> None:
     n = Node()
     asked = n.now
     n.do(seen(VACANT, 51, by_read=False))
-    n.do(standby(asked, lsn=900))
+    n.do(cut_off(asked, lsn=900))
     assert not n.told
-    n.do(standby(n.now, lsn=2000))
+    n.do(cut_off(n.now, lsn=2000))
     assert [r.received_lsn for r in n.told] == [2000]
 
 
@@ -110,7 +119,7 @@ def test_each_occasion_is_acted_upon_once() -> None:
     n = Node()
     asks = n.asks(seen(VACANT, 51, by_read=False))
     for i in range(40):
-        again = [seen(VACANT, 51, by_read=i % 2 == 0), standby(n.now), DbSilent("busy")]
+        again = [seen(VACANT, 51, by_read=i % 2 == 0), cut_off(n.now), DbSilent("busy")]
         asks += n.asks(*again, after_ms=10)
     assert asks == 1
     assert len(n.told) == 1
@@ -123,7 +132,7 @@ def test_a_write_under_way_is_not_the_record_that_is_owed() -> None:
     n.do(after_ms=501)
     assert len(n.told) == 1
     n.do(seen(VACANT, 51, by_read=False))
-    n.do(standby(n.now, lsn=2000))
+    n.do(cut_off(n.now, lsn=2000))
     assert len(n.told) == 1
     n.acks = True
     n.do()
@@ -135,8 +144,30 @@ def test_a_database_that_does_not_answer_is_told_of_when_it_does() -> None:
     n.do(seen(VACANT, 51, by_read=False))
     n.do(DbSilent("busy"), after_ms=100)
     assert not n.told
-    n.do(standby(n.now), after_ms=100)
+    n.do(cut_off(n.now), after_ms=100)
     assert len(n.told) == 1
+
+
+def test_what_is_still_on_its_way_is_waited_for() -> None:
+    """Else the other would begin a timeline before what this one has in the end, and this one had to be rewound."""
+    n = Node()
+    n.do(seen(VACANT, 51, by_read=False))
+    assert [n.asks(standby(n.now, lsn=1000 + i)) for i in range(3)] == [1, 1, 1]
+    assert not n.asks(), "one question at a time"
+    assert not n.told
+    assert not n.asks(cut_off(n.now, lsn=1500))
+    assert [r.received_lsn for r in n.told] == [1500]
+    assert not n.asks(standby(n.now, lsn=1500)), "told is told"
+
+
+def test_a_connection_that_does_not_end_is_not_waited_for() -> None:
+    """A primary that is gone can leave it half open; its acknowledged commits are here all the same."""
+    n = Node()
+    asks = n.asks(seen(VACANT, 51, by_read=False))
+    for _ in range(40):
+        asks += n.asks(standby(n.now), after_ms=5)
+    assert len(n.told) == 1
+    assert asks <= 2 + urgency.DRAIN_NS // (5 * MS)
 
 
 def test_who_is_named_says_at_once_that_it_is_ready() -> None:
@@ -191,3 +222,39 @@ def test_silence_that_begins_anew_owes_nothing() -> None:
     n.told.clear()
     n.do(standby(n.now))
     assert not n.told
+
+
+def follows(n: Node, revision: int, term: int, primary: str) -> list[Order]:
+    """What is ordered when that node leads."""
+    record = cluster(term=term, primary=primary, primary_fencer_id=f"id-{primary}", last_primary=primary)
+    return [c for c in n.do(seen(record, revision, by_read=False)) if isinstance(c, Order)]
+
+
+def followed(n: Node, order: Order, following: str | None) -> None:
+    """The fencer has carried it out, and PostgreSQL then follows that node."""
+    n.do(
+        fencer(
+            following=following,
+            highest=order.generation,
+            order=order.generation,
+            order_op=order.op,
+            order_state="done",
+        )
+    )
+
+
+def test_who_leads_newly_is_followed_at_once() -> None:
+    """The pause between two orders is for one that is sent anew, not for the next leader, whose commits wait for us."""
+    n = Node()
+    (first,) = follows(n, 51, 4, "n3")
+    followed(n, first, "n3")
+    (second,) = follows(n, 52, 5, "n1")
+    assert (first.primary, second.primary) == ("n3", "n1")
+
+
+def test_the_same_leader_is_not_followed_again_at_once() -> None:
+    """Its order was done, and does not hold: not in a storm."""
+    n = Node()
+    (first,) = follows(n, 51, 4, "n3")
+    followed(n, first, None)
+    assert not follows(n, 52, 4, "n3")
