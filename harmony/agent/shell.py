@@ -76,6 +76,7 @@ from harmony.store.interface import Entry, Store, StoreFacts
 TICK_S = 0.05
 SURVEY_PAUSE_S = 0.5
 MAX_EVENTS = 4096
+MOST_MOVES = 3  # decisions in a row that nothing but a new state called for; then the tick is waited for
 CHECKPOINT_S = 600.0  # a hand-over waits no longer for it, and goes on
 log = structlog.get_logger("agent")
 
@@ -254,15 +255,18 @@ class Shell:
             self.post(StoreSeen(facts.lineage, facts.problem))
 
     async def _deciding(self, nursery: trio.Nursery) -> None:
+        moves = 0  # from one state to another without an event between
         while not self._ended:
-            with trio.move_on_after(TICK_S):
+            with trio.move_on_after(TICK_S if moves in {0, MOST_MOVES} else 0):
                 await self._wake.wait()
             self._wake = trio.Event()
             self._look_at_store()
             events, self._events = self._events, []
+            before = self._view.state
             self._view, commands = step(self._view, events, self._me, self._timing, boot_ns())
             for command in commands:
                 self._carry_out(command, nursery)
+            moves = moves % MOST_MOVES + 1 if self._view.state is not before else 0
             if self._fatal is not None:
                 raise FatalError(self._fatal)
             self._say(f"{self._view.state}: {self._view.why}")
