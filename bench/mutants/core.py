@@ -139,7 +139,7 @@ RULES: list[Rule] = [
     ("inequality: settling waits for the stop", f"{CORE}/timing.py", "return self.lease_ns + self.stop_ns\n",
      "return self.lease_ns\n", "tests/core"),
     ("inequality: failover_timeout is awaited", f"{CORE}/observe.py",
-     "by_boot = now_ns - v.silent_from_ns > t.failover_ns", "by_boot = now_ns - v.silent_from_ns > t.lease_ns",
+     "return now_ns - v.silent_from_ns > t.failover_ns", "return now_ns - v.silent_from_ns > t.lease_ns",
      "tests/core"),
     ("inequality: no pause after a failed heartbeat", f"{CORE}/node.py",
      "(t.interval_ns if failures == 0 else t.timeout_ns)", "t.interval_ns + t.timeout_ns", "tests/core"),

@@ -246,6 +246,7 @@ async def test_what_a_new_state_calls_for_is_not_left_to_the_tick(
 ) -> None:
     """Time stands still, and no answer comes: from the first look to watching, and at once the order to follow."""
     rig.shell._store = Hanging(MemoryServer(), "c1")
+    rig.shell._look_at_store()  # else its first word would be an event in between
     rig.shell.post(fencer(following=None, system_identifier=None))
     rig.shell.post(ClusterSeen(LEADS, 1, 1, by_read=True))
     async with trio.open_nursery() as nursery:

@@ -230,9 +230,9 @@ def follows(n: Node, revision: int, term: int, primary: str) -> list[Order]:
     return [c for c in n.do(seen(record, revision, by_read=False)) if isinstance(c, Order)]
 
 
-def followed(n: Node, order: Order, following: str | None) -> None:
-    """The fencer has carried it out, and PostgreSQL then follows that node."""
-    n.do(
+def followed(n: Node, order: Order, following: str | None) -> list[Order]:
+    """The fencer has carried it out, and PostgreSQL then follows that node; what is ordered now."""
+    commands = n.do(
         fencer(
             following=following,
             highest=order.generation,
@@ -241,13 +241,14 @@ def followed(n: Node, order: Order, following: str | None) -> None:
             order_state="done",
         )
     )
+    return [c for c in commands if isinstance(c, Order)]
 
 
 def test_who_leads_newly_is_followed_at_once() -> None:
     """The pause between two orders is for one that is sent anew, not for the next leader, whose commits wait for us."""
     n = Node()
     (first,) = follows(n, 51, 4, "n3")
-    followed(n, first, "n3")
+    assert not followed(n, first, "n3")
     (second,) = follows(n, 52, 5, "n1")
     assert (first.primary, second.primary) == ("n3", "n1")
 
@@ -256,5 +257,5 @@ def test_the_same_leader_is_not_followed_again_at_once() -> None:
     """Its order was done, and does not hold: not in a storm."""
     n = Node()
     (first,) = follows(n, 51, 4, "n3")
-    followed(n, first, None)
+    assert not followed(n, first, None)
     assert not follows(n, 52, 4, "n3")
