@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +95,12 @@ def look_here(c: Config, found: Findings) -> None:
         return
     if row is None:
         raise AssertionError("a SELECT without FROM gave no row")
+    judge(c, row, found)
+
+
+def judge(c: Config, row: Sequence[object], found: Findings) -> None:
+    """What _HERE's row says of the PostgreSQL on this host. Pure."""
+    p, me = c.postgresql, c.node.name
     (
         recovering,
         version,

@@ -122,29 +122,35 @@ async def _progress(config: Config, store: Store) -> str | None:
     return None if c.status in WRITABLE_STATES and not c.adopting else f"{me}: {m.status}, {m.why}"
 
 
+def permit(config: Config, found: Findings, *, dry_run: bool, yes: bool) -> int | None:
+    """Say what was found, ask, have the fencer permit it. None: permitted; else the exit code. Raises Impossible."""
+    for remark in found.remarks:
+        click.echo(f"  {remark}")
+    for problem in found.problems:
+        click.echo(f"  AGAINST IT: {problem}", err=True)
+    if found.problems:
+        click.echo(f"not adopted: {len(found.problems)} against it; PostgreSQL runs on as before", err=True)
+        return 1
+    click.echo(f"nothing speaks against adopting the primary on {config.node.name}")
+    if dry_run:
+        return 0
+    click.echo(RISKS)
+    if not confirmed("Have Harmony take this PostgreSQL over?", yes=yes):
+        click.echo("not adopted (answer yes, or give --yes)", err=True)
+        return NOT_CONFIRMED
+    judged = ask_fencer(config, "--permit-adoption", who())
+    if judged.problems:
+        raise Impossible("; ".join(judged.problems))
+    click.echo("permitted")
+    return None
+
+
 async def _adopt(config: Config, without: tuple[str, ...], dry_run: bool, yes: bool, wait: bool) -> int:
     async with connected(config, new=True) as store:
         found = await _findings(config, without, store)
-        for remark in found.remarks:
-            click.echo(f"  {remark}")
-        for problem in found.problems:
-            click.echo(f"  AGAINST IT: {problem}", err=True)
-        if found.problems:
-            click.echo(
-                f"not adopted: {len(found.problems)} against it; PostgreSQL runs on as before", err=True
-            )
-            return 1
-        click.echo(f"nothing speaks against adopting the primary on {config.node.name}")
-        if dry_run:
-            return 0
-        click.echo(RISKS)
-        if not confirmed("Have Harmony take this PostgreSQL over?", yes=yes):
-            click.echo("not adopted (answer yes, or give --yes)", err=True)
-            return NOT_CONFIRMED
-        judged = ask_fencer(config, "--permit-adoption", who())
-        if judged.problems:
-            raise Impossible("; ".join(judged.problems))
-        click.echo("permitted")
+        code = permit(config, found, dry_run=dry_run, yes=yes)
+        if code is not None:
+            return code
         return await _follow(config, store) if wait else 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
+from harmony.agent.keeper import Keeper
+from harmony.agent.probe import Target
 from harmony.agent.settings import LIMITS, check, limits
 from harmony.agent.slots import Action, Advance, Create, Drop, Found, Setting, Slot, Wanted, kept, plan
 from harmony.config import PermanentSlot
@@ -248,3 +251,30 @@ def test_a_setting_that_waits_for_a_restart() -> None:
     }
     (note,) = check(found(settings=settings), WANTED, PRIMARY)
     assert note.text.startswith("wal_level was changed and waits for a restart")
+
+
+class Noted:
+    """A connection to nothing: notes what is executed."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def execute(self, query: str, _parameters: object = None) -> None:
+        self.asked.append(query)
+
+
+@pytest.mark.parametrize(
+    "action", [Create(N2), Advance(N2, 1), Drop(N2, "")], ids=["create", "advance", "drop"]
+)
+def test_after_the_lease_nothing_is_even_asked(action: Action) -> None:
+    """Between the look and the statement it may have ended; a standby has none, and needs none."""
+    keeper, now = Keeper(Target("/nowhere", 1, "u", "d"), WANTED), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    for duty, asked in (
+        (None, 0),
+        (replace(PRIMARY, until_ns=now - 1), 0),
+        (replace(PRIMARY, until_ns=now + 10**13), 1),
+        (STANDBY, 1),
+    ):
+        link = Noted()
+        why = keeper._carry_out(link, action, duty)  # type: ignore[arg-type]
+        assert (len(link.asked), why) == (asked, "" if asked else "the lease is over")

@@ -17,14 +17,16 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from harmony.adoption import Findings, against_member, look_at_members, look_at_store, look_here
-from harmony.cli.adopt import _adopt
+from harmony.adoption import Findings, against_member, judge, look_at_members, look_at_store, look_here
+from harmony.cli.adopt import _adopt, _progress, permit
+from harmony.cli.control import Impossible
 from harmony.cli.main import cli
 from harmony.config import Config, MemberAddress, load
 from harmony.config_text import example
 from harmony.core.states import State
-from harmony.records import encode
+from harmony.records import CLUSTER_STATE, MEMBER_PREFIX, ClusterState, encode
 from harmony.store.interface import Entry
+from harmony.store.memory import MemoryServer, MemoryStore
 from tests.core.helpers import cluster, member
 
 
@@ -136,9 +138,11 @@ def test_postgresql_is_asked_as_the_agent_asks_it(config: Config, folder: Path, 
         look_here(msgspec.structs.replace(config, agent=agent, postgresql=postgresql), found)
     finally:
         server.close()
+        left = os.geteuid()
+        os.seteuid(os.getuid())
     changes = user is not None and os.geteuid() == 0
     assert server.uids == [pwd.getpwnam("nobody").pw_uid if changes else os.geteuid()]
-    assert os.geteuid() == os.getuid(), "and is who it was again"
+    assert left == os.getuid(), "and is who it was again"
     (problem,) = found.problems
     assert f"the agent runs as {user or 'root'}" in problem
     assert "agent.user" in problem
@@ -175,8 +179,8 @@ def test_only_root_may_permit_it(tmp_path: Path) -> None:
     folder.chmod(0o755)
     file = folder / "harmony.toml"
     file.write_text(text)
-    for module in ("harmony.cli.adopt", "harmony.config"):
-        importlib.import_module(module)
+    importlib.import_module("harmony.cli.adopt")
+    load(str(file))  # whatever that imports, too: another user may not read where it lies
     os.seteuid(65534)
     try:
         result = CliRunner().invoke(cli, ["adopt", "--withdraw", "--config", str(file)])
@@ -198,16 +202,9 @@ class Looked:
         self.python.chmod(0o755)
 
 
-@pytest.mark.parametrize("against", ['"it is a standby"', ""])
-async def test_nothing_is_permitted_against_a_finding(
-    config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    against: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    looked = Looked(tmp_path, against)
-    monkeypatch.setattr(sys, "executable", str(looked.python))
+@pytest.fixture
+def here(config: Config, tmp_path: Path) -> Config:
+    """What the configuration names is on this host; PostgreSQL does not answer."""
     (tmp_path / "bin").mkdir()
     for name in ("postgres", "pg_ctl", "pg_controldata"):
         (tmp_path / "bin" / name).touch()
@@ -224,7 +221,117 @@ async def test_nothing_is_permitted_against_a_finding(
         os.chown(tmp_path / "data", 65534, 65534)
         p = msgspec.structs.replace(p, user="nobody")
     store = msgspec.structs.replace(config.store, type="memory")
-    changed = msgspec.structs.replace(config, postgresql=p, store=store)
-    assert await _adopt(changed, (), dry_run=False, yes=True, wait=False) == 1, "PostgreSQL cannot be asked"
-    assert "AGAINST IT: " in capsys.readouterr().err
+    return msgspec.structs.replace(config, postgresql=p, store=store)
+
+
+@pytest.mark.parametrize("against", ['"it is a standby"', ""])
+async def test_nothing_is_permitted_against_a_finding(
+    here: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    against: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looked = Looked(tmp_path, against)
+    monkeypatch.setattr(sys, "executable", str(looked.python))
+    assert await _adopt(here, (), dry_run=False, yes=True, wait=False) == 1, "PostgreSQL cannot be asked"
+    told = capsys.readouterr().err
+    assert "AGAINST IT: PostgreSQL here cannot be asked" in told
+    assert ("AGAINST IT: it is a standby" in told) == bool(against)
     assert "--permit" not in looked.asked.read_text()
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "yes", "code", "permitted"),
+    [(True, True, 0, False), (False, False, 2, False), (False, True, None, True)],
+    ids=["dry run", "not confirmed", "confirmed"],
+)
+def test_it_is_permitted_by_an_answer_only(
+    here: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dry_run: bool,
+    yes: bool,
+    code: int | None,
+    permitted: bool,
+) -> None:
+    """I1: the permit lets a primary run that holds no lease: nobody gives it by looking."""
+    looked = Looked(tmp_path, "")
+    monkeypatch.setattr(sys, "executable", str(looked.python))
+    assert permit(here, Findings(), dry_run=dry_run, yes=yes) == code
+    assert looked.asked.exists() == permitted
+    if permitted:
+        assert "--permit-adoption" in looked.asked.read_text()
+
+
+def test_a_permit_that_the_fencer_refuses_is_none(
+    here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(Looked(tmp_path, '"it is a standby"').python))
+    with pytest.raises(Impossible, match="it is a standby"):
+        permit(here, Findings(), dry_run=False, yes=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (cluster(primary="n1", status=State.ADOPTING, adopting=True), "adopting"),
+        (cluster(primary="n1", status=State.HEALTHY, adopting=True), "healthy"),
+        (cluster(primary="n1", status=State.HEALTHY), None),
+    ],
+    ids=["begun", "not taken over yet", "led"],
+)
+async def test_its_progress_ends_when_it_is_led(
+    config: Config, state: ClusterState, said: str | None
+) -> None:
+    store = MemoryStore(MemoryServer(), "c1")
+    assert "now start Harmony" in str(await _progress(config, store))
+    await store.create(MEMBER_PREFIX + "n1", encode(member("n1", status=state.status)), timeout_s=1)
+    await store.create(CLUSTER_STATE, encode(state), timeout_s=1)
+    told = await _progress(config, store)
+    assert told is None if said is None else str(told).startswith(f"n1: {state.status}, ")
+
+
+@pytest.mark.parametrize("primary", ["n2", None])
+async def test_its_progress_ends_where_somebody_else_leads(config: Config, primary: str | None) -> None:
+    store = MemoryStore(MemoryServer(), "c1")
+    await store.create(MEMBER_PREFIX + "n1", encode(member("n1")), timeout_s=1)
+    await store.create(CLUSTER_STATE, encode(cluster(primary=primary)), timeout_s=1)
+    with pytest.raises(Impossible, match=f"{primary or 'nobody'} as the primary"):
+        await _progress(config, store)
+
+
+def row(changes: dict[str, object]) -> tuple[object, ...]:
+    """What a primary tells that may be adopted; the columns by name, in the question's order."""
+    told: dict[str, object] = {"recovering": False, "version": 15, "data": "/d", "system": 7}
+    told |= {"level": "replica", "senders": 10, "hot": "on", "rewindable": True, "listens": "*", "names": ""}
+    told |= {"role": True, "monitor": True, "streams": []}
+    return tuple((told | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, ""),
+        ({"recovering": True}, "is a standby"),
+        ({"version": 12}, "PostgreSQL 12 is none of"),
+        ({"data": "/elsewhere"}, "it runs from /elsewhere"),
+        ({"monitor": False}, "no member of pg_monitor"),
+        ({"role": None}, "with LOGIN and REPLICATION"),
+        ({"role": False}, "with LOGIN and REPLICATION"),
+        ({"level": "minimal"}, "wal_level is minimal"),
+        ({"senders": 2}, "max_wal_senders is 2, 3 are needed"),
+    ],
+    ids=["fit", "standby", "version", "data", "blind", "no role", "no right", "minimal", "senders"],
+)
+def test_what_the_primary_itself_tells(config: Config, changes: dict[str, object], word: str) -> None:
+    """I1, W2: each of these would stop it later, when it is under a lease already."""
+    found = Findings()
+    p = msgspec.structs.replace(config.postgresql, data_dir="/d")
+    judge(msgspec.structs.replace(config, postgresql=p), row(changes), found)
+    assert found.system_identifier == "7"
+    if word:
+        (problem,) = found.problems
+        assert word in problem
+    else:
+        assert found.problems == []

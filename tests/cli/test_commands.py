@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from harmony.admin import NodeView, SelfView, Shown, StatusReply, StoreView
 from harmony.agent.fencer import FencerClient
 from harmony.cli import where
+from harmony.cli.fence import _wait_s
 from harmony.cli.main import COMMANDS, cli
 from harmony.cli.outlook import able, outlook
 from harmony.cli.where import who
@@ -390,6 +391,22 @@ def test_a_newer_fence_that_latches_nothing_is_not_the_operators(fakes: Fakes) -
     assert "NOT proven" in text
 
 
+def test_a_newer_fence_without_its_proof_proves_nothing(fakes: Fakes) -> None:
+    """W5: nothing runs at this moment, and nobody has seen that nothing can start again."""
+    found = fencer_status(record("done", "fence", order=6))
+    fakes.fencer(protocol.Accepted(record("running")), replace(found, postgres="down"))
+    code, text = fakes.run("fence", "--force")
+    assert (code, "NOT proven" in text) == (1, True)
+
+
+def test_an_order_of_before_is_not_its_outcome(fakes: Fakes) -> None:
+    """W5: what is told may be the last order still."""
+    before = fencer_status(record("failed", "follow", order=4))
+    fakes.fencer(protocol.Accepted(record("running")), before, fencer_status(record(), proven=True))
+    code, text = fakes.run("fence", "--force")
+    assert (code, "fenced, proven" in text) == (0, True)
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_one_shot_latches(fakes: Fakes, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """W5: what is fenced without a fencer stays so, too; and its exit code is the command's."""
@@ -475,6 +492,20 @@ def test_a_host_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_000_000)
     assert who().startswith("uid 4000000")
+
+
+def test_who_used_sudo_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latch's record names the person, not root."""
+    monkeypatch.setenv("SUDO_USER", "anna")
+    assert who() == f"anna (pid {os.getpid()})"
+
+
+def test_a_clean_fence_is_waited_for(folder: Path) -> None:
+    """A clean shutdown may take the whole lease: before that nothing is called unproven."""
+    (folder / "fencer.json").write_text('{"lease_s": 11.0, "fence_timeout_s": 2.0, "node": "n1"}')
+    assert _wait_s(folder) > 13
+    (folder / "fencer.json").unlink()
+    assert _wait_s(folder) > 60, "where nothing tells, no less than the longest"
 
 
 BROKEN = 'x = 1\n[node]\nrun_dir = "{folder}"\n'

@@ -14,8 +14,9 @@ import trio
 from click.testing import CliRunner, Result
 
 from harmony.cli.acknowledge import edit
-from harmony.cli.control import Impossible, change
+from harmony.cli.control import Impossible, change, connected
 from harmony.cli.main import cli
+from harmony.config import load
 from harmony.errors import StoreUnavailable
 from harmony.records import (
     CLUSTER_STATE,
@@ -31,6 +32,8 @@ from harmony.store.memory import MemoryServer, MemoryStore
 from tests.cli.test_commands import CLUSTER
 from tests.core import helpers
 from tests.store.conftest import Server, opener, server
+from tests.store.fakenats import NONCE, FakeNats
+from tests.store.test_answers import CREDENTIALS, seed
 
 __all__ = ["server"]  # a fixture
 WISH = Switchover("id", "n2", 3, "somebody")
@@ -245,3 +248,27 @@ def test_what_was_acknowledged_stays_so() -> None:
     """A store that was rolled back shows an older term: the later acknowledgement is kept."""
     assert edit(Control(attempt="", acknowledged=9), CLUSTER).acknowledged == 9
     assert edit(Control(attempt="", acknowledged=1), CLUSTER).acknowledged == 3
+
+
+async def test_the_credentials_reach_the_server(tmp_path: Path) -> None:
+    """store.credentials_file: a server that demands them would let no operator ask for anything."""
+    secret = tmp_path / "user.creds"
+    secret.write_text(CREDENTIALS.format(seed=seed()))
+    fake = FakeNats(nonce=NONCE)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fake.serve)
+        file = tmp_path / "harmony.toml"
+        text = CONFIG.format(cluster="c1", url=fake.url)
+        file.write_text(text.replace("[timing]", f'credentials_file = "{secret}"\n[timing]'))
+        config = load(str(file), {})
+
+        async def ask() -> None:
+            async with connected(config):
+                pass
+
+        nursery.start_soon(ask)
+        with trio.fail_after(30):
+            while not fake.connects:
+                await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+    assert fake.connects[0].get("jwt") == "a-jwt-of-the-test"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -18,7 +19,7 @@ from harmony.config_text import example, markdown
 from harmony.core.timing import Timing
 from harmony.errors import ConfigError
 from harmony.mounts import is_mount
-from harmony.resolve import find_config_file, remarks, resolve
+from harmony.resolve import find_config_file, remarks, resolve, warnings
 from harmony_fencer import mounts
 from harmony_fencer.config import FencerConfig
 
@@ -234,6 +235,40 @@ def test_resolve(tmp_path: Path) -> None:
     found = "\n".join(caught.value.problems)
     for place in ("postgresql.user", "postgresql.data_dir", "postgresql.config_file", "postgresql.bin_dir"):
         assert place in found
+
+
+def test_what_does_not_fit_the_host_is_named(tmp_path: Path) -> None:
+    """C3: before anything is started; PostgreSQL would say it later, or not at all."""
+    data, programs = tmp_path / "data", tmp_path / "bin"
+    data.mkdir()
+    (data / "postgresql.conf").touch()
+    programs.mkdir()
+    (programs / "postgres").touch()
+    text = GOOD.replace("/tmp/nowhere", str(data)) + f'bin_dir = "{programs}"\n'  # noqa: S108
+
+    def said(more: str = "") -> str:
+        with pytest.raises(ConfigError) as caught:
+            resolve(load(write(tmp_path, text + more), {}))
+        return "\n".join(caught.value.problems)
+
+    assert f"{programs} has no pg_ctl" in said()
+    assert f"{programs} has no pg_controldata" in said()
+    gone = text.replace(f'data_dir = "{data}"', f'data_dir = "{tmp_path}/none"')
+    with pytest.raises(ConfigError, match=r"postgresql\.data_dir: .*/none: .*; initdb or restore it first"):
+        resolve(load(write(tmp_path, gone), {}))
+    if os.geteuid() == 0:
+        assert "PostgreSQL refuses to run as root" in said()
+        assert "belongs to uid 0, PostgreSQL runs as uid" in said('user = "nobody"\n')
+        (told,) = [one for one in warnings(load(write(tmp_path, text), {})) if "agent.user" in one]
+        assert "the agent runs as root" in told
+
+
+def test_another_datas_file_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Debian has one for each cluster: the wrong one would start the wrong data."""
+    main = tmp_path / "etc" / "15" / "other"
+    main.mkdir(parents=True)
+    (main / "postgresql.conf").write_text(f"data_directory = '{tmp_path}/other'\n")
+    assert find_config_file(str(tmp_path / "mine"), str(tmp_path / "etc")) is None
 
 
 def test_debians_layout_is_found(tmp_path: Path) -> None:

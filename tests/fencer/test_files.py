@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,38 @@ async def test_written_as_the_owner_and_through_no_symlink(tmp_path: Path) -> No
 @as_root
 def test_the_thread_is_root_again_afterwards(tmp_path: Path) -> None:
     _, secret = open_folders(tmp_path)
-    with pytest.raises(PermissionError), as_user(NOBODY):
-        (secret / "a").touch()
-    (secret / "c").touch()
-    assert (secret / "c").stat().st_uid == 0
+
+    def touch() -> int:
+        with pytest.raises(PermissionError), as_user(NOBODY):
+            (secret / "a").touch()
+        (secret / "c").touch()
+        return (secret / "c").stat().st_uid
+
+    with ThreadPoolExecutor(1) as own:  # the identity is a thread's own: pytest's stays what it is
+        assert own.submit(touch).result() == 0
+
+
+async def test_a_file_has_its_mode_and_is_on_the_disk_before_its_name(tmp_path: Path) -> None:
+    """D8: whatever the umask; what lies in the temporary's place, a link too, is not written through."""
+    done = []
+
+    class Noting(RealDisk):
+        def fsync(self, fd: int) -> None:
+            done.append("fsync")
+            super().fsync(fd)
+
+        def rename(self, old: Path, new: Path) -> None:
+            done.append("rename")
+            super().rename(old, new)
+
+    (tmp_path / "victim").write_bytes(b"as it was")
+    link(tmp_path / "victim", tmp_path / ".conf.1.new")
+    files = Files(None, Noting())
+    before = os.umask(0o077)
+    try:
+        await files.change(lambda change: change.write(tmp_path / "conf", b"new", 0o644))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "victim").read_bytes() == b"as it was"
+    assert ((tmp_path / "conf").read_bytes(), stat_of(tmp_path / "conf").st_mode & 0o777) == (b"new", 0o644)
+    assert done == ["fsync", "rename"]
