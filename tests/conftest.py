@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:], left = sampling.drop(items)
     config.hook.pytest_deselected(items=left)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: next((i for i, f in enumerate(LONG) if item.nodeid.startswith(f)), len(LONG)))
+        items.sort(
+            key=lambda item: next((i for i, f in enumerate(LONG) if item.nodeid.startswith(f)), len(LONG))
+        )
 
 
 class Lanes(LoadScopeScheduling):
