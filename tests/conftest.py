@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import sampling
 from tests.hosts.keeper import mount
@@ -15,6 +17,10 @@ from tests.hosts.keeper import mount
 # No example is ever too slow: the machine may be busy. What fails is printed so that it can be run again.
 settings.register_profile("harmony", deadline=None, print_blob=True)
 settings.load_profile("harmony")
+
+TOGETHER = ("tests/hosts/",)
+# The longest first: what is left at the end is short, and no lane waits for another.
+LONG = (*TOGETHER, "tests/bench/test_chaos", "tests/demo/", "tests/fencer/", "tests/agent/", "tests/store/")
 
 # From <linux/sched.h>
 NEW_MOUNTS, NEW_IPC, NEW_NETWORK = 0x00020000, 0x08000000, 0x40000000
@@ -44,9 +50,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What this turn leaves to others is deselected, and counted as such."""
+    """What this turn leaves to others is deselected, and counted as such. In lanes what takes long comes first."""
     items[:], left = sampling.drop(items)
     config.hook.pytest_deselected(items=left)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(
+            key=lambda item: next((i for i, f in enumerate(LONG) if item.nodeid.startswith(f)), len(LONG))
+        )
+
+
+class Lanes(LoadScopeScheduling):
+    """A file is never in two lanes, nor are files whose costly fixtures are shared."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((f for f in TOGETHER if nodeid.startswith(f)), nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    return Lanes(config, log)
 
 
 @pytest.fixture

@@ -147,6 +147,7 @@ def boot_store_leader_and_host(act: Act) -> None:
 
 
 def switch_over(act: Act) -> None:
+    act.stage.wait_until(act.stage.replicating, "standbys to hand over to", 30)
     state = act.stage.state()
     candidates = sorted((state.synchronous or state.streaming) if state else set(DATABASES) - {act.old})
     act.stage.peer.switch_over(act.old, candidates[0])

@@ -68,6 +68,11 @@ RULES: list[Rule] = [
     ("admin: a bound for what is asked", f"{AGENT}/serve.py", " and len(line) < LONGEST_QUERY_BYTES:", ":", "tests/agent/test_serve.py"),
     ("admin: so many at once", f"{AGENT}/serve.py", "async with stream, limit:", "async with stream:", "tests/agent/test_serve.py"),
     # the shell around the core
+    ("shell: the database is asked when the core says so", f"{AGENT}/shell.py", "self._asked.set()", "pass", SHELL),
+    ("shell: what comes during a question asks again", f"{AGENT}/shell.py",
+     "self._asked = trio.Event()  # before the question: what comes while it is open asks again\n            started = boot_ns()\n            answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)\n",
+     "started = boot_ns()\n            answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)\n            self._asked = trio.Event()\n", SHELL),
+    ("shell: what a new state calls for", f"{AGENT}/shell.py", "TICK_S if moves in {0, MOST_MOVES} else 0", "TICK_S", SHELL),
     ("shell: refused is told from unknown", f"{AGENT}/shell.py", 'WriteDone(w.key, w.attempt, "refused")', 'WriteDone(w.key, w.attempt, "unknown")', SHELL),
     ("shell: unknown is told from refused", f"{AGENT}/shell.py", 'WriteDone(w.key, w.attempt, "unknown")', 'WriteDone(w.key, w.attempt, "refused")', SHELL),
     ("shell: a write's deadline", f"{AGENT}/shell.py", "timeout_s = max(0.001, w.timeout_ns / NS)", "timeout_s = 3600.0", SHELL),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from bench.mutants.rule import CRASH, FENCER, MODEL, STORIES, Rule
 
 RULES: list[Rule] = [
+    ("reload: by a signal", f"{FENCER}/postgres.py", "if self.tree.signal_postmaster(signal.SIGHUP):", "if False:",
+     "tests/fencer/test_adopt.py -k without_a_program"),
+    ("reload: the signal that it is", f"{FENCER}/postgres.py", "signal_postmaster(signal.SIGHUP)", "signal_postmaster(signal.SIGCONT)",
+     "tests/fencer/test_adopt.py -k without_a_program"),
     ("lease: the guard", f"{FENCER}/guard.py", 'await fencer.fence_by_itself("the lease is over")',
      "fencer._drop_lease()", "tests/fencer/test_process.py -k end_of_the_lease"),
     ("lease: activate's deadline", f"{FENCER}/admit.py",

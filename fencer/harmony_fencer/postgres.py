@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import struct
 from pathlib import Path
 
@@ -344,6 +345,9 @@ class Postgres:
         )
 
     async def reload(self) -> None:
+        # A program of its own costs as much as all the rest of a promotion, and says no more.
+        if self.tree.signal_postmaster(signal.SIGHUP):
+            return
         await self.programs.run("pg_ctl", "reload", "-D", self._c.data_dir, timeout_s=CONTROL_S)
 
     async def promote(self, reserved: int) -> Newest:

@@ -24,6 +24,7 @@ from harmony.config import Config
 from harmony.core import slots
 from harmony.core.messages import (
     Accepted,
+    Ask,
     Checkpoint,
     CheckpointDone,
     ClusterSeen,
@@ -75,6 +76,7 @@ from harmony.store.interface import Entry, Store, StoreFacts
 TICK_S = 0.05
 SURVEY_PAUSE_S = 0.5
 MAX_EVENTS = 4096
+MOST_MOVES = 3  # decisions in a row that nothing but a new state called for; then the tick is waited for
 CHECKPOINT_S = 600.0  # a hand-over waits no longer for it, and goes on
 log = structlog.get_logger("agent")
 
@@ -131,6 +133,7 @@ class Shell:
         self._shown: tuple[ClusterSeen, int] | None = None
         self._ended = ""
         self._wake = trio.Event()
+        self._asked = trio.Event()  # the core wants the database's answer now
         self._epoch = 0
         self._failing = Failing()
         self._unreadable: dict[str, str] = {}  # key → why, as it was logged
@@ -179,6 +182,7 @@ class Shell:
 
     async def _probing(self) -> None:
         while True:
+            self._asked = trio.Event()  # before the question: what comes while it is open asks again
             started = boot_ns()
             answer = await self._probe.ask(started, self._timing.heartbeat_timeout_s)
             self.post(answer)
@@ -188,7 +192,8 @@ class Shell:
             pause_s = self._timing.heartbeat_interval_s / 2
             if r is not None and r.taken_ns and r.worst != r.told:
                 pause_s = 0.0  # commits may be waiting for the next step
-            await trio.sleep(max(0.05, pause_s - (boot_ns() - started) / NS))
+            with trio.move_on_after(max(0.05, pause_s - (boot_ns() - started) / NS)):
+                await self._asked.wait()
 
     def _tell_of_probe(self, answer: DbSeen | DbSilent) -> None:
         """Log why PostgreSQL cannot be asked, where it runs: it is the cause of much that is decided."""
@@ -250,15 +255,18 @@ class Shell:
             self.post(StoreSeen(facts.lineage, facts.problem))
 
     async def _deciding(self, nursery: trio.Nursery) -> None:
+        moves = 0  # from one state to another without an event between
         while not self._ended:
-            with trio.move_on_after(TICK_S):
+            with trio.move_on_after(TICK_S if moves in {0, MOST_MOVES} else 0):
                 await self._wake.wait()
             self._wake = trio.Event()
             self._look_at_store()
             events, self._events = self._events, []
+            before = self._view.state
             self._view, commands = step(self._view, events, self._me, self._timing, boot_ns())
             for command in commands:
                 self._carry_out(command, nursery)
+            moves = moves % MOST_MOVES + 1 if self._view.state is not before else 0
             if self._fatal is not None:
                 raise FatalError(self._fatal)
             self._say(f"{self._view.state}: {self._view.why}")
@@ -279,6 +287,8 @@ class Shell:
                 nursery.start_soon(self._refresh, command)
             case Checkpoint(ahead_of=ahead_of):
                 nursery.start_soon(self._checkpoint, ahead_of)
+            case Ask():
+                self._asked.set()
             case Nudge():
                 nursery.start_soon(self._nudge)
             case Fatal(why=why):

@@ -367,6 +367,11 @@ class TellRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the database now, not at the next beat; one that is under way is not the answer. Answered as always."""
+
+
+@dataclass(frozen=True, slots=True)
 class Nudge:
     """Begin a commit of our own, so that it is seen to wait. Nothing answers it."""
 
@@ -414,5 +419,17 @@ class Stop:
 
 
 Command = (
-    Write | Read | Refresh | Order | Renew | TellRule | Nudge | Checkpoint | Log | Fatal | Remember | Stop
+    Write
+    | Read
+    | Refresh
+    | Order
+    | Renew
+    | TellRule
+    | Ask
+    | Nudge
+    | Checkpoint
+    | Log
+    | Fatal
+    | Remember
+    | Stop
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from harmony.core import register, rejoin, ruling, sickness, slots
+from harmony.core import register, rejoin, ruling, sickness, slots, urgency
 from harmony.core.fold import fold, lead_outcome, own_outcome
 from harmony.core.messages import (
     Checkpoint,
@@ -39,6 +39,7 @@ from harmony.core.view import (
     Sickness,
     View,
     alive,
+    answered_at,
     database,
     distrust,
     founded_from,
@@ -87,6 +88,7 @@ def step(
     v = ruling.drive(v, me, t, now_ns, commands)
     v = _hurry(v, t, now_ns, commands)
     v = _lead(v, me, t, now_ns, commands)
+    v = urgency.ask(v, me, t, now_ns, commands)
     v = _own(v, me, t, now_ns, commands)
     v = _keep(v, now_ns, commands)
     if v.farewell == "over" and not _handing_over(v, o, me):
@@ -304,8 +306,10 @@ def _next_beat(sent_ns: int, failures: int, t: Timing) -> int:
 def _own(v: View, me: Identity, t: Timing, now_ns: int, commands: list[Command]) -> View:
     """Drive the exchange on our own member record, and the periodic read of everything."""
     next_ns = _next_beat(v.own_sent_ns, 0 if is_leading(v, me) else v.failures, t)
-    if not v.own.running and (now_ns >= next_ns or (v.retiring and not v.farewell)):
+    urgent = urgency.answered(v, now_ns)
+    if not v.own.running and (now_ns >= next_ns or urgent or (v.retiring and not v.farewell)):
         v = replace(v, own=register.start(v.own, now_ns, t.timeout_ns), own_sent_ns=now_ns)
+        v = replace(v, urged_ns=0 if urgent else v.urged_ns)
         if v.retiring and not v.farewell:
             v = replace(v, farewell="begun")
     what = register.due(v.own, now_ns)
@@ -414,7 +418,7 @@ def member_record(v: View, me: Identity, t: Timing, now_ns: int, attempt: str) -
         received_lsn=db.received_lsn if db is not None else 0,
         replayed_lsn=db.replayed_lsn if db is not None else 0,
         streaming=db is not None and db.streaming,
-        seen_revision=v.revision if db is not None else 0,
+        seen_revision=answered_at(v),
         silent_ns=silence_ns(v),
         latched=f is not None and f.latched is not None,
         nofailover=me.nofailover,

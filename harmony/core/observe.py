@@ -33,8 +33,13 @@ def stale(v: View, t: Timing, now_ns: int) -> bool:
     if v.cluster is not None and v.cluster.adopting:
         return False
     by_store = v.stamp_ns > 0 and v.own_stamp_ns - v.stamp_ns > t.failover_ns
-    by_boot = now_ns - v.silent_from_ns > t.failover_ns
+    by_boot = stale_here(v, t, now_ns)
     return by_store and by_boot
+
+
+def stale_here(v: View, t: Timing, now_ns: int) -> bool:
+    """The half of it by our own boot clock: nothing newer of the primary was seen here for failover_timeout."""
+    return now_ns - v.silent_from_ns > t.failover_ns
 
 
 def order_fate(v: View, now_ns: int) -> tuple[Order, str]:
@@ -323,6 +328,8 @@ def observe(v: View, me: Identity, t: Timing, now_ns: int) -> Observation:
     db = database(v, t, now_ns)
     fate, fate_why = order_fate(v, now_ns)
     pause = FENCE_PAUSE_NS if v.order is not None and v.order.op == "fence" else ORDER_PAUSE_NS
+    if v.order is not None and fate == "done" and v.order.op == "follow" and v.order.primary != target(v, me):
+        pause = 0  # it is not that order which is sent anew: another leads now
     term = v.cluster.term if v.cluster is not None else 0
     is_stale = stale(v, t, now_ns)
     fit = _fit(v, me, t, now_ns)

@@ -120,6 +120,8 @@ class Sickness(msgspec.Struct, frozen=True):
 
 
 Intent = Literal["beat", "create", "claim", "vacate"]
+Occasion = tuple[Literal["", "vacancy", "stale", "named"], int]  # with its revision or term (urgency.py)
+NO_OCCASION: Occasion = ("", 0)
 
 
 class View(msgspec.Struct, frozen=True):
@@ -158,6 +160,9 @@ class View(msgspec.Struct, frozen=True):
     own: Register = msgspec.field(default_factory=Register)
     own_sent_ns: int = 0
     own_stamp_ns: int = 0
+    occasion: Occasion = NO_OCCASION  # the newest for which the database was asked at once
+    urged_ns: int = 0  # when it came; 0: the record that is owed to it was begun
+    asked_ns: int = 0  # when the database was last asked for it
     refreshing_until_ns: int = 0
     refreshed_ns: int = 0
     # counters of the heartbeat that matters in the state (leading: the lead, else the own record)
@@ -287,6 +292,12 @@ def next_timeline(v: View) -> int:
     known += [v.db.timeline] if v.db is not None else []
     known += [f.timeline, 1 if f.empty else 0] if f is not None else []  # a new cluster begins with 1
     return max(known, default=0) + 1
+
+
+def answered_at(v: View) -> int:
+    """The cluster_state revision that was the newest when the database was last asked; 0: it has gone on since, and
+    the answer is of before: no final position, whatever the newest revision says."""
+    return v.revision if v.db is not None and v.db.asked_ns >= v.first_seen_ns else 0
 
 
 def silence_ns(v: View) -> int:

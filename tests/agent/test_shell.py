@@ -262,6 +262,42 @@ async def test_why_the_probe_fails_stands_in_the_journal_once(config: Config, tm
     assert [why for why in told if why in whys] == whys
 
 
+async def test_at_a_vacancy_the_database_is_asked_without_waiting_for_the_beat(
+    config: Config, tmp_path: Path
+) -> None:
+    """Beats of an hour: only the event can have asked. A question that was open then is not the answer."""
+    slow = msgspec.structs.replace(config.timing, heartbeat_interval_s=3600.0, heartbeat_timeout_s=3600.0)
+    async with running(config, tmp_path, MemoryServer()) as r:
+        asked: list[int] = []
+        open_, answer = trio.Event(), trio.Event()
+
+        async def ask(now_ns: int, timeout_s: float) -> DbSilent:
+            asked.append(now_ns)
+            if len(asked) == 1:
+                open_.set()
+                await answer.wait()
+            return DbSilent("no database in this test")
+
+        r.shell._probe.ask = ask  # type: ignore[method-assign]
+        r.shell._timing = slow
+        with trio.fail_after(30):
+            await open_.wait()
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: r.shell._view.cluster is not None)
+        vacant = msgspec.structs.replace(LEADS, primary=None, primary_fencer_id=None)
+        await r.put(CLUSTER_STATE, encode(vacant))
+        await r.until(lambda: r.shell._view.urged_ns)
+        assert len(asked) == 1
+        answer.set()
+        await r.until(lambda: len(asked) == 2)
+        assert asked[1] >= r.shell._view.urged_ns
+        await r.put(CLUSTER_STATE, encode(LEADS))
+        await r.until(lambda: r.shell._view.occasion == ("", 0))
+        assert len(asked) == 2, "once for each event"
+        await r.put(CLUSTER_STATE, encode(vacant))
+        await r.until(lambda: len(asked) == 3)
+
+
 @pytest.mark.parametrize("named", ["", "mian", "c1"])
 async def test_another_clusters_data_founds_nothing_unless_that_cluster_is_named(
     config: Config, tmp_path: Path, named: str

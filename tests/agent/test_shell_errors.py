@@ -37,6 +37,7 @@ from harmony.records import CLUSTER_STATE, CONTROL, encode
 from harmony.store.interface import Entry
 from harmony.store.memory import MemoryServer, MemoryStore
 from tests.agent.test_shell import LEADS, NoHealth, config, no_survey
+from tests.core.helpers import fencer
 
 assert config  # the fixture
 
@@ -225,3 +226,34 @@ async def test_what_is_asked_of_the_database(rig: Rig) -> None:
         ("nudge", rig.shell._timing.lease_s),
     ]
     assert rig.posted == [CheckpointDone("it failed")]
+
+
+class Hanging(MemoryStore):
+    """Its answers never come."""
+
+    async def get(self, key: str, *, timeout_s: float) -> Entry | None:
+        await trio.sleep_forever()
+
+    async def create(self, key: str, value: bytes, *, timeout_s: float) -> int:
+        await trio.sleep_forever()
+
+    async def update(self, key: str, value: bytes, revision: int, *, timeout_s: float) -> int:
+        await trio.sleep_forever()
+
+
+async def test_what_a_new_state_calls_for_is_not_left_to_the_tick(
+    rig: Rig, mock_clock: trio.testing.MockClock
+) -> None:
+    """Time stands still, and no answer comes: from the first look to watching, and at once the order to follow."""
+    rig.shell._store = Hanging(MemoryServer(), "c1")
+    rig.shell._look_at_store()  # else its first word would be an event in between
+    rig.shell.post(fencer(following=None, system_identifier=None))
+    rig.shell.post(ClusterSeen(LEADS, 1, 1, by_read=True))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.shell._deciding, nursery)
+        await trio.testing.wait_all_tasks_blocked()
+        order = rig.shell._view.order
+        assert rig.shell._view.state == "replica/watching"
+        assert order is not None
+        assert (order.op, order.primary) == ("follow", "n1")
+        nursery.cancel_scope.cancel()

@@ -19,7 +19,7 @@ from harmony.demo.parts import run_as
 from tests import pace
 from tests.demo.running import Running, under_load
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(1, group="a running cluster is adopted")]
 
 
 class ByHand(Cluster):

@@ -19,7 +19,7 @@ from harmony.demo.parts import run_as
 from harmony.demo.scenarios import Fault, Scenario
 from tests.demo.running import Running, under_load
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(3, group="an old primary comes back")]
 LOST = 900_000_000  # ids that only the old primary has
 
 

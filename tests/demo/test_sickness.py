@@ -24,6 +24,7 @@ from tests import disk, pace
 from tests.demo.running import Running, under_load
 
 pytestmark = pytest.mark.real
+ONE_OF_TWO = pytest.mark.sampled(1, group="a sick primary")
 needs_a_disk = pytest.mark.skipif(bool(disk.why_not()), reason=disk.why_not())
 PATIENCE_S = 3.0
 
@@ -72,6 +73,7 @@ def kill_a_backend(running: Running, name: str) -> None:
     os.kill(int(row[0]), signal.SIGKILL)
 
 
+@ONE_OF_TWO
 def test_killed_then_stopped_then_crashed() -> None:
     """Without a synchronous standby a death costs a restart in place, and no commit (failover.restart_budget).
     SIGSTOP to every process: handed over after the patience. A few crashes of the new one's: nobody moves."""
@@ -143,6 +145,7 @@ def led_on_a_disk() -> Iterator[tuple[Running, Path]]:
 
 
 @needs_a_disk
+@ONE_OF_TWO
 def test_a_disk_that_hangs() -> None:
     """Who waits for it cannot be killed: no proof, yet nothing of it ever runs again, and another leads meanwhile."""
     with led_on_a_disk() as (running, at):

@@ -18,7 +18,7 @@ from harmony.core.register import Attempt, Register
 from harmony.core.rejoin import FOLLOW_PAUSE_NS, FOLLOW_PAUSES
 from harmony.core.states import State
 from harmony.core.timing import NS, Timing
-from harmony.core.view import View
+from harmony.core.view import Occasion, View
 from harmony.records import ClusterState, Member
 
 NOW = 1_000 * NS  # every step is made at this time; a tick makes everything known one unit older
@@ -134,6 +134,12 @@ def numbered(v: View, node: str) -> tuple[View, dict[str, str]]:
     return replace(v, lead=lead, own=own, lead_records=records), names
 
 
+def _occasion(o: Occasion, by: int) -> Occasion:
+    """The number of all but `named`, which has a term, is a revision."""
+    kind, number = o
+    return o if kind == "named" else (kind, moved(number, by))
+
+
 def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View:
     """The normal form `shift_ns` later and `by` revisions of cluster_state later."""
     past = partial(_past, shift_ns=shift_ns)
@@ -186,6 +192,9 @@ def view(v: View, me: str, t: Timing, *, shift_ns: int = 0, by: int = 0) -> View
         own=_register(v.own, shift_ns, 0),
         own_sent_ns=past(v.own_sent_ns, max(t.interval_ns, t.timeout_ns) / UNIT),
         own_stamp_ns=own_stamp_ns,
+        occasion=_occasion(v.occasion, by),
+        urged_ns=past(v.urged_ns, 1),  # nothing that it waits for takes a unit
+        asked_ns=0,
         refreshing_until_ns=_future(v.refreshing_until_ns, shift_ns),
         refreshed_ns=past(v.refreshed_ns, t.interval_ns / UNIT),
         failures=min(v.failures, t.failure_threshold),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,19 +17,36 @@ from harmony.demo.parts import Parts, find_parts, run_as
 from tests.fencer.node import Node, Template
 from tests.fencer.pair import Pair, Primary
 
+# For `postgres --single`, which takes a statement a line.
+NO_TEMPLATE0 = """UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'
+DROP DATABASE template0"""
 
-def make_template(top: Path, parts: Parts) -> Template:
-    """One initdb under `top`, for many copies."""
+
+def make_template(top: Path, parts: Parts, *, whole: bool = False) -> Template:
+    """One initdb under `top`, for many copies: without template0 unless it is to be
+    `whole`, and with holes where its WAL is
+    zeros. Copying it was an eighth of all that these tests need of a core."""
     postgres, user = parts.postgres, parts.users.postgres
-    data = top / "template"
+    data, small = top / "made", top / "template"
     data.mkdir(mode=0o700)
     if user is not None:
         shutil.chown(data, user)
     argv = [f"{postgres.bin_dir}/initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync"]
     run_as(user, argv, postgres.library_dir, 60)
-    with (data / "postgresql.conf").open("a") as f:
+    if not whole:
+        alone = [f"{postgres.bin_dir}/postgres", "--single", "-D", str(data), "-c", "fsync=off", "postgres"]
+        done = run_as(
+            user,
+            ["sh", "-c", f"echo {shlex.quote(NO_TEMPLATE0)} | {shlex.join(alone)}"],
+            postgres.library_dir,
+            60,
+        )
+        assert done.returncode == 0, done
+    subprocess.run(["cp", "-a", "--sparse=always", str(data), str(small)], check=True)
+    shutil.rmtree(data)
+    with (small / "postgresql.conf").open("a") as f:
         f.write("fsync = off\nshared_buffers = 16MB\n")
-    return Template(data, postgres, user)
+    return Template(small, postgres, user)
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +56,17 @@ def template() -> Iterator[Template]:
     scratch = top / "scratch"
     scratch.mkdir(mode=0o755)
     yield make_template(top, find_parts(scratch))
+    shutil.rmtree(top)
+
+
+@pytest.fixture(scope="module")
+def whole_template() -> Iterator[Template]:
+    """As initdb makes it."""
+    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top.chmod(0o755)
+    scratch = top / "scratch"
+    scratch.mkdir(mode=0o755)
+    yield make_template(top, find_parts(scratch), whole=True)
     shutil.rmtree(top)
 
 

@@ -390,7 +390,7 @@ class Node:
         while time.monotonic() < until:
             if condition():  # type: ignore[operator]
                 return
-            time.sleep(0.02)
+            time.sleep(0.05)  # a condition may look at every process of the machine
         by_hand = self.top / "hand.log"
         said = f"\nBy hand:\n{by_hand.read_text()[-2000:]}" if by_hand.exists() else ""
         raise AssertionError(f"not within {seconds:g} s: {what}\n{self.log()}{said}")

@@ -6,9 +6,13 @@ import json
 import signal
 import subprocess
 
+import msgspec
 import pytest
+import trio
 
 from harmony_fencer import protocol
+from harmony_fencer.config import load
+from harmony_fencer.postgres import Postgres
 from tests.fencer.node import Node
 
 pytestmark = pytest.mark.real
@@ -51,6 +55,15 @@ def test_led_without_a_restart(running: Node) -> None:
     assert running.writable(), (
         "started by Harmony, with its own file, which the user's must not include in turn"
     )
+
+
+def test_settings_come_in_without_a_program_of_postgresql(running: Node) -> None:
+    """Starting one costs a promotion, and a standby that has a new primary, as much as all the rest."""
+    engine = Postgres(msgspec.structs.replace(load(str(running.config)), bin_dir="/nowhere"), lasting=False)
+    with running.connect() as c:
+        before = c.execute("SELECT pg_conf_load_time()").fetchone()
+        trio.run(engine.reload)
+        running.wait(lambda: c.execute("SELECT pg_conf_load_time()").fetchone() != before, "loaded anew", 30)
 
 
 def test_what_else_ends_the_permit(running: Node) -> None:

@@ -233,7 +233,7 @@ def kept(node: Node, writer: Writer, deadline_ns: int, what: str) -> None:
     """The promise: no write acknowledged after the lease's end plus fence_timeout, and PostgreSQL gone."""
     end_ns = deadline_ns + round(FENCE_S * 1e9) + pace.SLACK_NS
     while node.pids() and boot_ns() < end_ns:
-        time.sleep(0.005)
+        time.sleep(0.02)
     gone_ms = (boot_ns() - deadline_ns) / 1e6
     time.sleep(0.15)  # nobody is left to write, or the promise is broken already
     late_ms = (writer.last_ns - deadline_ns) / 1e6

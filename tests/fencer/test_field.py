@@ -14,7 +14,7 @@ from harmony_fencer import protocol
 from harmony_fencer.reasons import of_the_data
 from tests.fencer.pair import Pair
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(0.5, group="reports from the field")]
 TIMES = {  # what keeps PostgreSQL from starting here, and would after any copy; what status has to say
     "restore_command": ("restore_command = 'nowhere %f %p'\n", "could not restore file"),
     "library": ("shared_preload_libraries = 'not_installed'\n", "could not access file"),

@@ -10,9 +10,16 @@ from harmony.agent.keeper import Keeper
 from harmony.agent.probe import Probe, Target
 from harmony.agent.slots import Wanted
 from harmony.core.messages import DbSeen
-from tests.fencer.node import Node, boot_ns
+from tests.fencer.node import Node, Template, boot_ns
 
 pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def template(whole_template: Template) -> Template:
+    """Databases of another encoding are made from template0 alone."""
+    return whole_template
+
 
 FILE = {
     "default_transaction_isolation": "serializable",

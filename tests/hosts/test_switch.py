@@ -19,7 +19,7 @@ from tests.hosts.host import wait_until
 from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S
 from tests.hosts.writer import now_s, writing
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(4, group="Harmony dies or hangs on a real host")]
 THAW_S = 0.3
 WATCHDOG_S = 10.0  # WatchdogSec= of the unit
 

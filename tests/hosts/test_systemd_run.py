@@ -22,7 +22,7 @@ from tests.hosts.test_switch import ended
 from tests.hosts.test_units import FENCE_TIMEOUT_S, HARMONY, LEASE_S, control_state, following
 from tests.hosts.writer import now_s, writing
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.sampled(0.6, group="PostgreSQL in a unit of its own")]
 FAILS = "postgresql@.service.d/again.conf"
 
 

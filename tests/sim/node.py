@@ -15,6 +15,7 @@ import msgspec
 
 from harmony.core.messages import (
     Accepted,
+    Ask,
     Checkpoint,
     CheckpointDone,
     Command,
@@ -118,6 +119,7 @@ class Host:
         self.turn_at = 0
         self.shown = -1
         self.probed_ns = 0
+        self.asked = False  # the core wants an answer of the database now
         self.answer: tuple[DbSeen | DbSilent, HealthSeen] | None = None
 
     # ------------------------------------------------------------ time
@@ -254,7 +256,7 @@ class Host:
         self.me = replace(self.me, instance=f"{self.name}-{self.life}")
         self.view = initial(self.me)
         self.events = [Remembered(self.kept)]
-        self.turn_at, self.shown, self.probed_ns, self.answer = 0, -1, 0, None
+        self.turn_at, self.shown, self.probed_ns, self.answer, self.asked = 0, -1, 0, None, False
         self.world.store.connected(self)
         self.wake()
 
@@ -388,8 +390,8 @@ class Host:
         if self.answer is not None:
             self.events += self.answer
             self.answer = None
-        if now_ns - self.probed_ns >= self.world.setting.timing.interval_ns // 2:
-            self.probed_ns = now_ns
+        if self.asked or now_ns - self.probed_ns >= self.world.setting.timing.interval_ns // 2:
+            self.probed_ns, self.asked = now_ns, False
             self.answer = self._ask(now_ns), self._examine(now_ns)
 
     def _ask(self, now_ns: int) -> DbSeen | DbSilent:
@@ -426,7 +428,7 @@ class Host:
         )
         due = max(due, now_ns + 1)
         soon = [v.lease_until_ns, v.silent_from_ns + t.failover_ns, v.claim_pause_until_ns]
-        if self.answer is not None and v.db is None:
+        if self.asked or (self.answer is not None and (v.db is None or v.urged_ns)):
             soon.append(now_ns + self.world.setting.wake_ns + 1)
         if v.order is not None:
             pause = FENCE_PAUSE_NS if v.order.op == "fence" else ORDER_PAUSE_NS
@@ -454,6 +456,8 @@ class Host:
             case TellRule(number=number, rule=rule):
                 world.say(f"{self.name} tells rule {number}: {rule}")
                 self.later(int(TALK_NS * self.rng.random()), self.fencer.ordered, command)
+            case Ask():
+                self.asked = True
             case Nudge():
                 self.later(int(TALK_NS * self.rng.random()), self.pg.write)
             case Write():

@@ -167,6 +167,6 @@ async def test_each_servers_cause_is_logged_once() -> None:
                 await until(lambda: len(refusing.connects) > 3)
             nursery.cancel_scope.cancel()
     said = [str(entry["why"]) for entry in logs if entry["event"] == "store not connected"]
-    assert len(said) == 2, said
-    assert "no leader" in said[0]
-    assert "127.0.0.1:1" in said[1]
+    assert len(said) == len(set(said)), said
+    assert any("no leader" in why for why in said)
+    assert any("127.0.0.1:1" in why for why in said)
