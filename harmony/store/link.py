@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from dataclasses import dataclass, field
 
-import nats
 import nats.errors
 import structlog
 import trio
 import trio_asyncio
 from nats.aio.client import Client
 
-CONNECT_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 2
+CLOSE_S = 0.5
 DRAIN_S = 5.0  # the longest that a connection is kept for its last calls
 FAILURES = (OSError, nats.errors.Error, trio.TooSlowError, TimeoutError)  # of opening one
 log = structlog.get_logger("store")
@@ -65,7 +66,7 @@ class Link:
                 while set(self.patience) - {None} and not self.closed.is_set():
                     await trio.sleep(0.05)
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
                 with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
                     await trio_asyncio.aio_as_trio(self.client.close)()
 
@@ -91,8 +92,9 @@ async def _connect(url: str, credentials_file: str | None, lost: trio.Event) -> 
         newest = e
         log.debug("nats", error=str(e))
 
+    client = Client()
     try:
-        return await nats.connect(
+        await client.connect(
             url,
             allow_reconnect=False,
             max_reconnect_attempts=1,  # of the first connection, too; 0 would be for ever
@@ -106,5 +108,10 @@ async def _connect(url: str, credentials_file: str | None, lost: trio.Event) -> 
             error_cb=error,
             user_credentials=credentials_file,
         )
-    except nats.errors.NoServersError as e:
-        raise newest or e from None
+    except BaseException as e:  # a cancellation, too: half a connection is nobody's to close otherwise
+        with contextlib.suppress(OSError, nats.errors.Error, TimeoutError):
+            await asyncio.wait_for(client.close(), CLOSE_S)
+        if isinstance(e, nats.errors.NoServersError):
+            raise newest or e from None
+        raise
+    return client

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 import trio
+import trio_asyncio
 from structlog.testing import capture_logs
 
 from harmony.errors import StoreError, StoreUnavailable
+from harmony.store.link import open_link
 from harmony.store.nats import REST_S, NatsStore, open_nats
 from tests.store.conftest import Trio
 from tests.store.fakenats import STREAM, FakeNats
@@ -170,3 +173,27 @@ async def test_each_servers_cause_is_logged_once() -> None:
     assert len(said) == len(set(said)), said
     assert any("no leader" in why for why in said)
     assert any("127.0.0.1:1" in why for why in said)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+async def test_a_connection_that_is_given_up_halfway_is_closed() -> None:
+    """Whoever is asked beside another, and is too late, would leave its socket to the garbage collector."""
+    ends = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal ends
+        await stream.send_all(b'INFO {"server_id":"X","version":"2.11.1","max_payload":1048576}\r\n')
+        while await stream.receive_some(65536):
+            pass  # no PONG: it never gets further
+        ends += 1
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        url = f"nats://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with trio_asyncio.open_loop():
+            with pytest.raises(trio.TooSlowError):
+                await open_link(url, None, 0.3)
+            await until(lambda: ends == 1)
+            gc.collect()
+        nursery.cancel_scope.cancel()
