@@ -38,6 +38,8 @@ RULES: list[Rule] = [
     ("store: for the same history only", NATS, "right = self._looked is not None and self._lineage(info) == self._looked.lineage", "right = True", ELSEWHERE),
     ("store: who says so is not waited for", NATS, "                if e.code in NOT_HERE:\n", "                if False:\n", ELSEWHERE),
     ("store: not at every slow answer", NATS, "        await trio.sleep(self._rest_s)\n        others", "        others", ELSEWHERE),
+    ("store: who lost a connection does not rest", NATS, "            self._rest_s = 0.0\n            self._tell", "            self._tell", ELSEWHERE),
+    ("store: a server named twice hides no other", NATS, "list(dict.fromkeys(urls))", "urls", ELSEWHERE),
     ("store: calls under way keep their connection", LINK, "while set(self.patience) - {None} and not self.closed.is_set():", "while False:", ELSEWHERE),
     ("store: each server's cause is logged once", NATS, "if self._told.get(url) != self._why:", "if True:", ELSEWHERE),
     ("store: looked at again where a call found none", NATS, "                self._look_again.set()\n                raise StoreUnavailable(f\"no stream", "                raise StoreUnavailable(f\"no stream", ANSWERS),

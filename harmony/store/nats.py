@@ -16,7 +16,6 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 
-import nats
 import nats.errors
 import structlog
 import trio
@@ -65,7 +64,7 @@ class NatsStore:
         *,
         may_create: bool = True,
     ) -> None:
-        self._urls = urls
+        self._urls = list(dict.fromkeys(urls))
         self._bucket = f"harmony_{cluster_id}"
         self._stream = f"KV_{self._bucket}"
         self._replicas = replicas
@@ -159,6 +158,7 @@ class NatsStore:
             await link.closed.wait()
             nursery.cancel_scope.cancel()
         if better is None:
+            self._rest_s = 0.0
             self._tell("connection lost", link.url)
         else:
             log.warning("JetStream does not answer through this server", url=link.url, going_to=better.url)

@@ -119,9 +119,6 @@ class Trio:
         server.configure()
         server.send(signal.SIGHUP)
 
-    def index(self, url: str) -> int:
-        return [s.url for s in self.servers].index(url)
-
 
 @pytest.fixture
 def trio_of_servers() -> Iterator[Trio]:

@@ -34,9 +34,9 @@ class FakeNats:
         default_factory=lambda: {"$JS.API.STREAM.INFO.": lambda: STREAM}
     )
     silent: tuple[str, ...] = ()  # subjects that begin so are not answered
-    held: dict[str, trio.Event] = field(
-        default_factory=dict
-    )  # nor are these, and what comes after them, before that
+    # Subjects that begin so, and whatever comes after them, are answered when that is set.
+    held: dict[str, trio.Event] = field(default_factory=dict)
+    life: trio.CancelScope = field(default_factory=trio.CancelScope)  # cancelled, it is down
     url: str = ""
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -44,7 +44,8 @@ class FakeNats:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         self.url = f"nats://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         task_status.started()
-        await trio.serve_listeners(self._client, listeners)
+        with self.life:
+            await trio.serve_listeners(self._client, listeners)
 
     async def _client(self, stream: trio.SocketStream) -> None:
         info = {"server_id": "X", "version": self.version, "headers": True, "max_payload": 1048576}

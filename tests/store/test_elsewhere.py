@@ -175,6 +175,29 @@ async def test_each_servers_cause_is_logged_once() -> None:
     assert any("127.0.0.1:1" in why for why in said)
 
 
+async def test_a_lost_connection_is_no_reason_to_rest() -> None:
+    """Who went over and then lost that server would not have looked elsewhere for up to half a minute."""
+    a, b = FakeNats(silent=(GET,)), FakeNats()
+    async with between(a, b) as store:
+        with pytest.raises(StoreUnavailable):
+            await store.get("k", timeout_s=TIMEOUT_S)
+        await until(lambda: at(store) == b.url)
+        b.life.cancel()
+        await until(lambda: at(store) == a.url)
+        assert store._rest_s == 0
+
+
+async def test_a_server_that_is_named_twice_hides_no_other() -> None:
+    refusing, good = FakeNats(), FakeNats()
+    refusing.answers["$JS.API.STREAM.INFO."] = lambda: {"error": {"err_code": 10008, "description": "no"}}
+    async with trio.open_nursery() as nursery:
+        for fake in (refusing, good):
+            await nursery.start(fake.serve)
+        async with open_nats([refusing.url, refusing.url, good.url], "c", 1, None) as store:
+            await until(lambda: at(store) == good.url)
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 async def test_a_connection_that_is_given_up_halfway_is_closed() -> None:
     """Whoever is asked beside another, and is too late, would leave its socket to the garbage collector."""
