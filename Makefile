@@ -164,7 +164,7 @@ HOURS ?= 5000
 sim: $(STAMP)
 	SEEDS=$(SEEDS) HOURS=$(HOURS) $(BIN)/python -m pytest -s tests/sim
 
-# Larger bounds of the exhaustive check than `make test` has (docs/checking.md).
+# Larger bounds of the exhaustive check than `make test-all` has (docs/checking.md).
 exhaustive: $(STAMP)
 	EXHAUSTIVE=large $(BIN)/python -m pytest -s tests/exhaustive $(PYTEST_ARGS)
 

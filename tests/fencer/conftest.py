@@ -23,9 +23,8 @@ DROP DATABASE template0"""
 
 
 def make_template(top: Path, parts: Parts, *, whole: bool = False) -> Template:
-    """One initdb under `top`, for many copies: without template0 unless it is to be
-    `whole`, and with holes where its WAL is
-    zeros. Copying it was an eighth of all that these tests need of a core."""
+    """One initdb under `top`, for many copies: without template0 unless it is to be `whole`, and with holes where its
+    WAL is zeros. Copying it was an eighth of all that these tests need of a core."""
     postgres, user = parts.postgres, parts.users.postgres
     data, small = top / "made", top / "template"
     data.mkdir(mode=0o700)
@@ -49,25 +48,23 @@ def make_template(top: Path, parts: Parts, *, whole: bool = False) -> Template:
     return Template(small, postgres, user)
 
 
+@contextmanager
+def made_template(*, whole: bool = False) -> Iterator[Template]:
+    """Of the PostgreSQL that is found here; gone afterwards. Raises SetupError."""
+    top = Path(tempfile.mkdtemp(prefix="hf-"))
+    top.chmod(0o755)
+    scratch = top / "scratch"
+    scratch.mkdir(mode=0o755)
+    try:
+        yield make_template(top, find_parts(scratch), whole=whole)
+    finally:
+        shutil.rmtree(top)
+
+
 @pytest.fixture(scope="session")
 def template() -> Iterator[Template]:
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
-    top.chmod(0o755)
-    scratch = top / "scratch"
-    scratch.mkdir(mode=0o755)
-    yield make_template(top, find_parts(scratch))
-    shutil.rmtree(top)
-
-
-@pytest.fixture(scope="module")
-def whole_template() -> Iterator[Template]:
-    """As initdb makes it."""
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
-    top.chmod(0o755)
-    scratch = top / "scratch"
-    scratch.mkdir(mode=0o755)
-    yield make_template(top, find_parts(scratch), whole=True)
-    shutil.rmtree(top)
+    with made_template() as made:
+        yield made
 
 
 @pytest.fixture

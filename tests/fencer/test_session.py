@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import trio
 
@@ -10,15 +12,17 @@ from harmony.agent.keeper import Keeper
 from harmony.agent.probe import Probe, Target
 from harmony.agent.slots import Wanted
 from harmony.core.messages import DbSeen
+from tests.fencer.conftest import made_template
 from tests.fencer.node import Node, Template, boot_ns
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def template(whole_template: Template) -> Template:
+def template() -> Iterator[Template]:
     """Databases of another encoding are made from template0 alone."""
-    return whole_template
+    with made_template(whole=True) as made:
+        yield made
 
 
 FILE = {

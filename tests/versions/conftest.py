@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from harmony.demo.parts import FORCE_POSTGRES, FORCE_VERSION, SetupError, find_parts
-from tests.fencer.conftest import make_template, node, pair
+from harmony.demo.parts import FORCE_POSTGRES, FORCE_VERSION, SetupError
+from tests.fencer.conftest import made_template, node, pair
 from tests.fencer.node import Template
 
 __all__ = ["node", "pair"]
@@ -28,13 +25,8 @@ def second() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="package")
 def template(second: pytest.MonkeyPatch) -> Iterator[Template]:
-    top = Path(tempfile.mkdtemp(prefix="hf-"))
-    top.chmod(0o755)
-    scratch = top / "scratch"
-    scratch.mkdir(mode=0o755)
     try:
-        yield make_template(top, find_parts(scratch))
+        with made_template() as made:
+            yield made
     except SetupError as e:
         pytest.skip(str(e))
-    finally:
-        shutil.rmtree(top)
